@@ -1,0 +1,79 @@
+"""Inner products of the latest model outputs, per sample (and channel), kept without cancellation.
+
+Adjacent outputs differ little, so products of their differences are not recovered from products of the outputs in
+float32. The squared norms N_i = |m_i|^2 and the squared distances D_ij = |m_i - m_j|^2 determine every inner product
+of linear combinations of the outputs, each distance is a sum of squares of differences that are never stored, and a
+new output costs one norm and one distance per remembered output.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Gram(NamedTuple):
+    """Squared norms and distances of the outputs m_0 (the newest), m_1, ..., m_K.
+
+    Attributes:
+      norms: (N_0, ..., N_K).
+      distances: distances[i][j - i - 1] = D_ij for i < j.
+    """
+
+    norms: tuple[Any, ...]
+    distances: tuple[tuple[Any, ...], ...]
+
+    def distance(self, i: int, j: int) -> Any:
+        """The squared distance D_ij of outputs i and j."""
+        return 0.0 if i == j else self.distances[min(i, j)][abs(i - j) - 1]
+
+    def inner(self, u: Sequence[Any], v: Sequence[Any], sum_u: Any, sum_v: Any) -> Any:
+        """The inner product of sum_i u_i m_i and sum_j v_j m_j.
+
+        By polarization <u, v> = (sum_v sum_i u_i N_i + sum_u sum_j v_j N_j - sum_ij u_i v_j D_ij) / 2, with
+        sum_u = sum_i u_i: the norms, large beside the distances, enter only as far as a combination is not a
+        difference. The sums are arguments because the caller knows them without cancellation.
+        """
+        of_norms = sum(sum_v * a * n + sum_u * b * n for a, b, n in zip(u, v, self.norms, strict=True))
+        indices = range(len(u))
+        of_distances = sum(u[i] * v[j] * self.distance(i, j) for i in indices for j in indices if i != j)
+        return (of_norms - of_distances) / 2
+
+
+def initial(shape: tuple[int, ...], memory: int, dtype: Any) -> Gram:
+    """The Gram of 1 + `memory` outputs that are all zero."""
+    zero = jnp.zeros(shape, dtype)
+    return Gram((zero,) * (memory + 1), tuple((zero,) * (memory - i) for i in range(memory)))
+
+
+def push(gram: Gram, output: jax.Array, history: Sequence[jax.Array], axes: tuple[int, ...]) -> Gram:
+    """Makes `output` the newest of the outputs, `history` being the K before it, and forgets the oldest."""
+    dtype = gram.norms[0].dtype
+    newest = output.astype(dtype)
+    norm = _sum_of_squares(newest, axes)
+    distances = tuple(_sum_of_squares(newest - h.astype(dtype), axes) for h in history)
+    kept = tuple(row[: len(history) - i] for i, row in enumerate(gram.distances[:-1], start=1))
+    return Gram((norm, *gram.norms[:-1]), (distances, *kept))
+
+
+def _sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(jnp.square(x), axis=axes)
+
+
+def reduced_axes(shape: tuple[int, ...], channel_axis: int | None) -> tuple[int, ...]:
+    """The axes of a batch that an inner product runs over: all but the first and, in image layouts, the channels.
+
+    Vectors (B, D) and anything smaller have no channel axis: their inner products are per sample.
+
+    Raises:
+      ValueError: when `channel_axis` is not an axis of the shape, or is the batch axis.
+    """
+    ndim = len(shape)
+    if channel_axis is None or ndim < 3:
+        return tuple(range(1, ndim))
+    if not -ndim < channel_axis < ndim or channel_axis % ndim == 0:
+        raise ValueError(
+            f"channel_axis={channel_axis} is not an axis after the first of a state of shape {shape}"
+        )
+    return tuple(axis for axis in range(1, ndim) if axis != channel_axis % ndim)

@@ -1,0 +1,202 @@
+"""Noise schedules: the functions alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, and their inverse.
+
+Every function accepts Python and NumPy numbers, for which it computes in float64 on the host, and JAX arrays, traced
+or not, for which it computes in their dtype. Solver tables are built from the first kind wherever the times are known.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+ScheduleFn = Callable[[Any], Any]
+
+_BISECTIONS = 64  # halves [t_min, t_max] down to float64 round-off
+
+
+class Levels(NamedTuple):
+    """Noise levels at some times: alpha, sigma and lambda = log(alpha / sigma), arrays of the times' shape."""
+
+    alpha: Any
+    sigma: Any
+    lambda_: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A noise schedule x_t = alpha(t) x_0 + sigma(t) eps on t_min <= t <= t_max.
+
+    Build one from your own functions of an array of times; they may use NumPy, jax.numpy or plain arithmetic:
+
+    >>> import jax.numpy as jnp
+    >>> cosine = NoiseSchedule(lambda t: jnp.cos(t), lambda t: jnp.sin(t), t_min=0.01, t_max=1.5)
+    >>> round(float(cosine.time(cosine.lambda_(0.7))), 6)
+    0.7
+
+    Attributes:
+      alpha: the signal scale, elementwise in t.
+      sigma: the noise scale, elementwise in t.
+      t_min: the time at which sampling ends.
+      t_max: the time at which sampling starts.
+      time: the inverse of `lambda_`, elementwise; left out, it is found by bisection.
+
+    Raises:
+      ValueError: when t_min >= t_max, or alpha or sigma is negative or not finite, or alpha / sigma does not
+        decrease with t, or `time` is not the inverse of `lambda_`.
+    """
+
+    alpha: ScheduleFn
+    sigma: ScheduleFn
+    t_min: float
+    t_max: float
+    time: ScheduleFn = None  # pyright: ignore[reportAssignmentType]  # __post_init__ replaces None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and self.t_min < self.t_max):
+            raise ValueError(
+                f"a schedule needs finite t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}"
+            )
+        if self.time is None:
+            object.__setattr__(self, "time", functools.partial(_bisect, self.lambda_, self.t_min, self.t_max))
+        times = np.linspace(self.t_min, self.t_max, 65)
+        alpha, sigma, lambda_ = self.levels(times)
+        if alpha.shape != times.shape or sigma.shape != times.shape:
+            raise ValueError(
+                f"alpha and sigma must be elementwise: for times of shape {times.shape} they returned "
+                f"shapes {alpha.shape} and {sigma.shape}"
+            )
+        # sigma may be 0 at the end and alpha 0 at the start (zero terminal SNR), nowhere else.
+        if not (np.isfinite([alpha, sigma]).all() and (alpha[:-1] > 0).all() and (sigma[1:] > 0).all()):
+            raise ValueError("alpha and sigma must be finite, and positive between t_min and t_max")
+        if not (np.diff(lambda_) < 0).all():
+            raise ValueError("alpha(t) / sigma(t) must decrease from t_min to t_max")
+        inner = lambda_[1:-1]
+        round_trip = on_host(self.time, inner)
+        if not np.allclose(round_trip, times[1:-1], rtol=1e-4, atol=1e-4 * (self.t_max - self.t_min)):
+            raise ValueError("time must be the inverse of lambda_: time(lambda_(t)) does not give t back")
+
+    def lambda_(self, t: Any) -> Any:
+        """log(alpha(t) / sigma(t)), half the log-SNR, elementwise."""
+        xp = namespace(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        if xp is np:
+            with np.errstate(divide="ignore"):
+                return np.log(np.asarray(alpha, np.float64)) - np.log(np.asarray(sigma, np.float64))
+        return jnp.log(alpha) - jnp.log(sigma)
+
+    def levels(self, t: Any) -> Levels:
+        """Alpha, sigma and lambda at times `t`: float64 NumPy arrays on the host for concrete `t`, else traced."""
+        if namespace(t) is np:
+            return Levels(*(on_host(f, t) for f in (self.alpha, self.sigma, self.lambda_)))
+        return Levels(self.alpha(t), self.sigma(t), self.lambda_(t))
+
+
+def namespace(*values: Any) -> ModuleType:
+    """jax.numpy when any value is a JAX array (traced or not), else numpy."""
+    return jnp if any(isinstance(v, jax.Array) for v in values) else np
+
+
+def on_host(fn: ScheduleFn, values: ArrayLike) -> np.ndarray:
+    """Evaluates `fn`, written in NumPy or jax.numpy, in float64 outside any trace in progress."""
+    with jax.ensure_compile_time_eval(), _enable_x64():
+        return np.asarray(fn(np.asarray(values, np.float64)), np.float64)
+
+
+def _enable_x64() -> Any:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # JAX before 0.8
+
+    return enable_x64(True)
+
+
+def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:
+    """The time at which the decreasing function `lambda_` takes the value `target`, elementwise."""
+    xp = namespace(target)
+    target = xp.asarray(target)
+    low, high = xp.full_like(target, t_min), xp.full_like(target, t_max)
+
+    def halve(_: int, bracket: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = bracket
+        middle = low + (high - low) / 2
+        later = lambda_(middle) > target
+        return xp.where(later, middle, low), xp.where(later, high, middle)
+
+    if xp is np:
+        for i in range(_BISECTIONS):
+            low, high = halve(i, (low, high))
+    else:
+        low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+    return low + (high - low) / 2
+
+
+@functools.lru_cache(maxsize=None)
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
+    """The variance-exploding schedule of EDM: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364).
+
+    Args:
+      sigma_min: the noise level at which sampling ends, and t_min.
+      sigma_max: the noise level at which it starts, and t_max.
+
+    Raises:
+      ValueError: unless 0 <= sigma_min < sigma_max.
+    """
+    if not 0 <= sigma_min < sigma_max:
+        raise ValueError(f"edm needs 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).ones_like(t),
+        sigma=lambda t: namespace(t).asarray(t),
+        time=lambda lambda_: namespace(lambda_).exp(-lambda_),
+        t_min=sigma_min,
+        t_max=sigma_max,
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def vp_linear(
+    beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0
+) -> NoiseSchedule:
+    """The variance-preserving schedule whose beta grows linearly (Song et al. 2021, arXiv 2011.13456, appendix B).
+
+    log alpha(t) = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2 and sigma^2 = 1 - alpha^2.
+
+    Args:
+      beta_min: beta(0).
+      beta_max: beta(1).
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts.
+
+    Raises:
+      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
+    """
+    slope = beta_max - beta_min
+    if beta_min < 0 or beta_min + slope * t_max < 0 or beta_min == beta_max == 0:
+        raise ValueError(
+            f"vp_linear needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}"
+        )
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"vp_linear needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
+
+    def log_alpha(t: Any) -> Any:
+        return -(slope * t / 4 + beta_min / 2) * t
+
+    def sigma(t: Any) -> Any:
+        xp = namespace(t)
+        return xp.sqrt(-xp.expm1(2 * log_alpha(t)))
+
+    def time(lambda_: Any) -> Any:
+        xp = namespace(lambda_)
+        # -2 log alpha = log(1 + e^(-2 lambda)); the root of the quadratic in the form that does not cancel.
+        minus_two_log_alpha = xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_))
+        return 2 * minus_two_log_alpha / (xp.sqrt(beta_min**2 + 2 * slope * minus_two_log_alpha) + beta_min)
+
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).exp(log_alpha(t)), sigma=sigma, time=time, t_min=t_min, t_max=t_max
+    )

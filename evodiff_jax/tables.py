@@ -1,0 +1,211 @@
+"""The one kernel: a sampler is a table, a run is its rows applied one after the other.
+
+A row is one model call. It finds the probe x, the prediction of the state at its time t, and the history
+H_1, ..., H_K of the calls before, newest first:
+
+    m          = denoise(x, t)                                the data prediction
+    y          = m, or keep_x x + keep_m m                    what this call adds to the history, H_0
+    corrected  = x + corrector_0 y + sum_j corrector_j H_j     the state at t, improved by what the call showed
+    x'         = transition corrected + predictor_0 y + sum_j predictor_j H_j + noise z
+                                                              the probe at the next row's time
+
+         time  transition  predictor     corrector     history            noise
+    row    t       c       d_0 ... d_K   b_0 ... b_K   keep_x, keep_m      nu
+
+No second state is carried: a corrector differs from the predictor before it only by outputs that are still in the
+history, so it is written as a change of the probe. Coefficients that depend on the sample (EVODiff's) come from the
+Gram of the newest 1 + K outputs through the solver's rule, evaluated per sample (and channel), and are added to the
+row's constant ones. Rows are scanned, so the network stands once in the compiled program whatever the table.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evodiff_jax import gram as grams
+from evodiff_jax.denoisers import Denoiser
+from evodiff_jax.gram import Gram
+from evodiff_jax.schedules import NoiseSchedule, namespace
+
+
+class Table(NamedTuple):
+    """The coefficients of a run of R model calls with K remembered outputs: a pytree whose leaves have R rows.
+
+    Attributes:
+      time: (R,), the time of each model call.
+      transition: (R,), the coefficient of the corrected state in the next probe.
+      predictor: (R, K + 1), the coefficients of y and the history in the next probe.
+      corrector: (R, K + 1), the coefficients of y and the history in the corrected state.
+      history: None where y = m, else (keep_x, keep_m), each (R,).
+      noise: (R,), the standard deviation of the noise in the next probe, or None for a deterministic solver.
+      adaptive: (R, 2), 1 where the rule's corrector and predictor are added and 0 where not, or None without a rule.
+      rule: a pytree of (R,) scalars that the solver's rule reads, or None without one.
+    """
+
+    time: Any
+    transition: Any
+    predictor: Any
+    corrector: Any
+    history: tuple[Any, Any] | None = None
+    noise: Any = None
+    adaptive: Any = None
+    rule: Any = None
+
+
+class Coefficients(NamedTuple):
+    """What a rule returns for one sample (and channel).
+
+    Attributes:
+      predictor: K + 1 scalars to add to the row's predictor coefficients.
+      corrector: K + 1 scalars to add to the row's corrector coefficients.
+      trace: a dict of scalars for `sample_with_trace`.
+    """
+
+    predictor: tuple[Any, ...]
+    corrector: tuple[Any, ...]
+    trace: dict[str, Any]
+
+
+class Solver(NamedTuple):
+    """A training-free solver.
+
+    Attributes:
+      name: how it is called in messages.
+      table: table(schedule, times) -> Table, by the same code in NumPy for concrete times and in JAX for traced ones.
+      rule: rule(row, gram) -> Coefficients, for a row of `Table.rule` and the Gram of one sample (and channel), pure
+        and elementwise; None for a solver whose coefficients are the table's alone.
+      channel_axis: the axis of the state over which inner products are separate, None for one per sample.
+    """
+
+    name: str
+    table: Callable[[NoiseSchedule, Any], Table]
+    rule: Callable[[Any, Gram], Coefficients] | None = None
+    channel_axis: int | None = None
+
+
+class Carry(NamedTuple):
+    """What a row hands to the next: the probe, the history (newest first) and, for adaptive solvers, its Gram."""
+
+    x: jax.Array
+    history: tuple[jax.Array, ...]
+    gram: Gram | None
+
+
+def start(x: jax.Array, table: Table, solver: Solver) -> Carry:
+    """The carry before the first row, from the initial state `x`."""
+    memory = table.predictor.shape[-1] - 1
+    gram = None
+    if solver.rule is not None:
+        axes = grams.reduced_axes(x.shape, solver.channel_axis)
+        kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
+        gram = grams.initial(kept, memory, scalar_dtype(x))
+    return Carry(x, (jnp.zeros_like(x),) * memory, gram)
+
+
+def apply_row(
+    denoise: Denoiser, solver: Solver, carry: Carry, row: Table, noise: jax.Array | None = None
+) -> tuple[Carry, jax.Array, dict[str, jax.Array]]:
+    """Applies one row: calls the model, corrects the state at the row's time, predicts the next.
+
+    Args:
+      denoise: denoise(x, t) -> x_0.
+      solver: the solver the table belongs to.
+      carry: from `start` or the row before.
+      row: one row of the table, in the state's scalar dtype.
+      noise: standard normal, of the state's shape, for a table with noise.
+
+    Returns:
+      The next carry, the corrected state at the row's time, and the rule's trace.
+    """
+    x, history, gram = carry
+    y = call_model(denoise, x, row.time)
+    if row.history is not None:
+        keep_x, keep_m = row.history
+        y = _combine(x.dtype, (keep_x, keep_m), (x, y))
+    outputs = (y, *history)
+    predictor, corrector = list(row.predictor), list(row.corrector)
+    trace: dict[str, jax.Array] = {}
+    if solver.rule is not None and gram is not None:
+        axes = grams.reduced_axes(x.shape, solver.channel_axis)
+        gram = grams.push(gram, y, history, axes)
+        adaptive = _over_samples(solver.rule, gram.norms[0].ndim)(row.rule, gram)
+        trace = adaptive.trace
+        corrects, predicts = row.adaptive
+        predictor = [
+            c + predicts * jnp.expand_dims(a, axes)
+            for c, a in zip(predictor, adaptive.predictor, strict=True)
+        ]
+        corrector = [
+            c + corrects * jnp.expand_dims(a, axes)
+            for c, a in zip(corrector, adaptive.corrector, strict=True)
+        ]
+    corrected = _combine(x.dtype, (None, *corrector), (x, *outputs))
+    # The next probe straight from x, so that the corrected state is computed only where a trace asks for it.
+    following = [row.transition * b + d for b, d in zip(corrector, predictor, strict=True)]
+    next_x = _combine(x.dtype, (row.transition, *following), (x, *outputs))
+    if row.noise is not None and noise is not None:
+        next_x = _combine(x.dtype, (None, row.noise), (next_x, noise))
+    return Carry(next_x, outputs[: len(history)], gram), corrected, trace
+
+
+def call_model(denoise: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
+    """denoise(x, t), checked and in the state's dtype.
+
+    Raises:
+      TypeError: while tracing, when the denoiser does not return a floating-point array.
+      ValueError: while tracing, when it returns another shape.
+    """
+    m = denoise(x, t)
+    if not isinstance(m, jax.Array | np.ndarray) or not jnp.issubdtype(m.dtype, jnp.floating):
+        got = f"an array of {m.dtype}" if hasattr(m, "dtype") else type(m).__name__
+        raise TypeError(f"denoise(x, t) must return a floating-point array like x, it returned {got}")
+    if m.shape != x.shape:
+        raise ValueError(f"denoise(x, t) must return the shape of x, {x.shape}, it returned {m.shape}")
+    return jnp.asarray(m, x.dtype)
+
+
+def append_denoising(table: Table, t: Any) -> Table:
+    """Adds the row that replaces the final state by its data prediction at time `t`, for denoise-to-zero."""
+    xp = namespace(t, table.time)
+
+    def add(column: Any, value: Any) -> Any:
+        return None if column is None else xp.concatenate([column, xp.broadcast_to(value, column[-1:].shape)])
+
+    first = np.zeros(table.predictor.shape[-1])
+    first[0] = 1
+    return Table(
+        time=add(table.time, t),
+        transition=add(table.transition, 0.0),
+        predictor=add(table.predictor, first),
+        corrector=add(table.corrector, 0.0),
+        history=None if table.history is None else (add(table.history[0], 0.0), add(table.history[1], 1.0)),
+        noise=add(table.noise, 0.0),
+        adaptive=add(table.adaptive, 0.0),
+        rule=jax.tree.map(lambda column: add(column, column[-1]), table.rule),
+    )
+
+
+def scalar_dtype(x: jax.Array) -> Any:
+    """The dtype of table scalars and inner products for a state: its own, float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _combine(dtype: Any, coefficients: tuple[Any, ...], arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """The linear combination of arrays, None standing for a coefficient 1, computed in float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    terms = [
+        a.astype(wide) if c is None else c * a.astype(wide) for c, a in zip(coefficients, arrays, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0]).astype(dtype)
+
+
+def _over_samples(
+    rule: Callable[[Any, Gram], Coefficients], ndim: int
+) -> Callable[[Any, Gram], Coefficients]:
+    """The rule vmapped over the axes of the Gram's entries: samples, and channels where they are separate."""
+    for _ in range(ndim):
+        rule = jax.vmap(rule, in_axes=(None, 0))
+    return rule
