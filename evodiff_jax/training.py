@@ -203,15 +203,17 @@ def train(
     """
     out = Path(out)
     _check_data(config, dataset)
+    if not resume and (out / STATE_FILE).exists():
+        raise ValueError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
+    state = _resumed_state(config, out / STATE_FILE) if resume else None
+    first = 0 if state is None else int(state.step)
+    if first >= config.steps:
+        raise ValueError(f"the run in {out} has taken {first} steps already; ask for more than {config.steps}")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"cannot write to {out}; choose another folder")
-    state = _resumed_state(config, out / STATE_FILE) if resume else initial_state(config)
-    if not resume and (out / STATE_FILE).exists():
-        raise ValueError(f"{out} already holds a run; go on with it (--resume) or choose another folder")
-    first = int(state.step)
-    if first >= config.steps:
-        raise ValueError(f"the run in {out} has taken {first} steps already; ask for more than {config.steps}")
+    if state is None:
+        state = jax.jit(lambda: initial_state(config))()
 
     step = jax.jit(make_step(config))
     losses: list[jax.Array] = []
@@ -239,13 +241,14 @@ def train(
 
 
 def write_checkpoint(config: TrainConfig, state: TrainState, out: Path, facts: dict[str, Any]) -> None:
-    """Writes the run's state and the exported model into `out`."""
+    """Writes the run's state, and the model with its averaged weights in half precision, into `out`."""
     checkpoint.save(out / STATE_FILE, state, kind="training state", config=config.to_dict(), card=facts)
     diffusion = isinstance(config.network, UNetConfig)
+    left_out = {"network"} if diffusion else {"network", "p_mean", "p_std", "label_dropout", "sigma_data"}
     card = facts | {
         "steps": int(state.step),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "training": {k: v for k, v in config.to_dict().items() if k != "network"},
+        "training": {k: v for k, v in config.to_dict().items() if k not in left_out},
     }
     checkpoint.save(
         out / MODEL_FILE,
@@ -253,6 +256,7 @@ def write_checkpoint(config: TrainConfig, state: TrainState, out: Path, facts: d
         kind="diffusion model" if diffusion else "classifier",
         config=config.network.to_dict() | ({"sigma_data": config.sigma_data} if diffusion else {}),
         card=card,
+        half=True,
     )
 
 

@@ -178,7 +178,14 @@ class UNet(nn.Module):
         noise = nn.Dense(c.condition_width, dtype=dtype, name="noise_in")(
             noise_features(c_noise, c.condition_width).astype(dtype)
         )
-        named = nn.Embed(c.num_classes + 1, c.condition_width, dtype=dtype, name="label")(label)
+        # Flax's default would start the classes 1/sqrt(width) apart, drowned by the noise level.
+        named = nn.Embed(
+            c.num_classes + 1,
+            c.condition_width,
+            dtype=dtype,
+            embedding_init=nn.initializers.normal(1.0),
+            name="label",
+        )(label)
         condition = nn.Dense(c.condition_width, dtype=dtype, name="condition")(nn.silu(noise + named))
         condition = nn.silu(condition)
 
