@@ -36,9 +36,7 @@ def from_prediction(fn: Denoiser, schedule: NoiseSchedule, prediction: str) -> D
       >>> denoise = from_prediction(lambda x, t: x, schedule, "epsilon")
     """
     if prediction not in PREDICTIONS:
-        raise ValueError(
-            f"unknown prediction {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}"
-        )
+        raise ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}")
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
         output = fn(x, t)
@@ -71,9 +69,7 @@ def classifier_free_guidance(
     Raises:
       ValueError: when the two conditions differ in structure, shapes or dtypes.
     """
-    described = [
-        jax.tree.map(lambda c: (jnp.shape(c), jnp.result_type(c)), c) for c in (condition, null_condition)
-    ]
+    described = [jax.tree.map(lambda c: (jnp.shape(c), jnp.result_type(c)), c) for c in (condition, null_condition)]
     if described[0] != described[1]:
         raise ValueError(
             f"condition and null_condition must have the same structure, shapes and dtypes, got {described[0]} "
@@ -83,9 +79,7 @@ def classifier_free_guidance(
         return lambda x, t: fn(x, t, condition)
     if scale == 0:
         return lambda x, t: fn(x, t, null_condition)
-    both = jax.tree.map(
-        lambda c, n: jnp.concatenate([jnp.asarray(c), jnp.asarray(n)]), condition, null_condition
-    )
+    both = jax.tree.map(lambda c, n: jnp.concatenate([jnp.asarray(c), jnp.asarray(n)]), condition, null_condition)
 
     def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
         conditional, null = jnp.split(fn(jnp.concatenate([x, x]), t, both), 2)

@@ -100,9 +100,7 @@ def _lambda_ends(schedule: NoiseSchedule, grid: str) -> tuple[float, float]:
     return float(start), float(end)
 
 
-def _times(
-    schedule: NoiseSchedule, num_steps: int, lambda_: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _times(schedule: NoiseSchedule, num_steps: int, lambda_: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     return _pinned(schedule, on_host(schedule.time, lambda_(_fractions(num_steps))))
 
 

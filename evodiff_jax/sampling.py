@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax import tables
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.gram import Gram
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers.evodiff import evodiff
+from evodiff_jax.solvers._evodiff import evodiff
 from evodiff_jax.tables import Solver, Table
 
 
@@ -123,9 +124,7 @@ def sample_with_trace(
     (carry, _), (states, coefficients, gram) = _scan(denoise, x_T, table, solver, key, traced=True)
     # A denoising row already recorded the state at the last time.
     states = states if denoise_to_zero else jnp.concatenate([states, carry.x[None]])
-    if gram is not None:
-        num_steps = np.shape(times)[0] - 1
-        coefficients, gram = jax.tree.map(lambda a: a[2:num_steps], (coefficients, gram))
+    coefficients, gram = jax.tree.map(lambda a: a[2 : states.shape[0] - 1], (coefficients, gram))
     return carry.x, Trace(jnp.asarray(times, table.time.dtype), states, coefficients, gram)
 
 
@@ -140,18 +139,14 @@ def _prepare(
     """The checked initial state, the table in the state's scalar dtype and the solver."""
     x_T = jnp.asarray(x_T)
     if not jnp.issubdtype(x_T.dtype, jnp.floating):
-        raise TypeError(
-            f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')"
-        )
+        raise TypeError(f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')")
     if x_T.ndim < 1:
         raise ValueError("x_T must have a batch axis in front, got a scalar")
     times = check_times(times, schedule)
     solver = evodiff() if solver is None else solver
     table = solver.table(schedule, times)
     if (table.noise is None) != (key is None):
-        wants = (
-            "is deterministic: it takes no key" if table.noise is None else "is stochastic: it needs a key"
-        )
+        wants = "is deterministic: it takes no key" if table.noise is None else "is stochastic: it needs a key"
         raise ValueError(f"the solver {solver.name} {wants}")
     if denoise_to_zero:
         table = tables.append_denoising(table, times[-1])
@@ -166,9 +161,10 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
       ValueError: when they are not one-dimensional, fewer than two, not finite, not strictly decreasing, or outside
         the schedule.
     """
-    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ValueError(f"times must be N + 1 >= 2 times in one dimension, got shape {np.shape(times)}")
-    if isinstance(times, jax.core.Tracer):
+    shape: tuple[int, ...] = np.shape(times)  # pyright: ignore[reportAssignmentType]
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"times must be N + 1 >= 2 times in one dimension, got shape {shape}")
+    if isinstance(times, Tracer):
         return times
     concrete = np.asarray(times, np.float64)
     if not np.isfinite(concrete).all():
@@ -189,9 +185,7 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
     return concrete
 
 
-def _scan(
-    denoise: Denoiser, x_T: jax.Array, table: Table, solver: Solver, key: jax.Array | None, traced: bool
-) -> Any:
+def _scan(denoise: Denoiser, x_T: jax.Array, table: Table, solver: Solver, key: jax.Array | None, traced: bool) -> Any:
     def step(state: tuple[tables.Carry, Any], row: Table) -> tuple[tuple[tables.Carry, Any], Any]:
         carry, key = state
         noise = None

@@ -60,9 +60,7 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and self.t_min < self.t_max):
-            raise ValueError(
-                f"a schedule needs finite t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}"
-            )
+            raise ValueError(f"a schedule needs finite t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}")
         if self.time is None:
             object.__setattr__(self, "time", functools.partial(_bisect, self.lambda_, self.t_min, self.t_max))
         times = np.linspace(self.t_min, self.t_max, 65)
@@ -103,7 +101,7 @@ def namespace(*values: Any) -> ModuleType:
     return jnp if any(isinstance(v, jax.Array) for v in values) else np
 
 
-def on_host(fn: ScheduleFn, values: ArrayLike) -> np.ndarray:
+def on_host(fn: ScheduleFn, values: ArrayLike | list[float]) -> np.ndarray:
     """Evaluates `fn`, written in NumPy or jax.numpy, in float64 outside any trace in progress."""
     with jax.ensure_compile_time_eval(), _enable_x64():
         return np.asarray(fn(np.asarray(values, np.float64)), np.float64)
@@ -112,7 +110,7 @@ def on_host(fn: ScheduleFn, values: ArrayLike) -> np.ndarray:
 def _enable_x64() -> Any:
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # JAX before 0.8
+    from jax.experimental import enable_x64  # JAX before 0.8  # pyright: ignore[reportAttributeAccessIssue]
 
     return enable_x64(True)
 
@@ -137,7 +135,7 @@ def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any
     return low + (high - low) / 2
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
     """The variance-exploding schedule of EDM: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364).
 
@@ -159,10 +157,8 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
     )
 
 
-@functools.lru_cache(maxsize=None)
-def vp_linear(
-    beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0
-) -> NoiseSchedule:
+@functools.cache
+def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
     """The variance-preserving schedule whose beta grows linearly (Song et al. 2021, arXiv 2011.13456, appendix B).
 
     log alpha(t) = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2 and sigma^2 = 1 - alpha^2.
@@ -178,9 +174,7 @@ def vp_linear(
     """
     slope = beta_max - beta_min
     if beta_min < 0 or beta_min + slope * t_max < 0 or beta_min == beta_max == 0:
-        raise ValueError(
-            f"vp_linear needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}"
-        )
+        raise ValueError(f"vp_linear needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}")
     if not 0 <= t_min < t_max:
         raise ValueError(f"vp_linear needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
 

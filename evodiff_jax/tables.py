@@ -87,22 +87,32 @@ class Solver(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a row hands to the next: the probe, the history (newest first) and, for adaptive solvers, its Gram."""
+    """What a row hands to the next.
+
+    Attributes:
+      x: the probe.
+      outputs: (K + 1, B, ...), the newest outputs as a ring, so that none is ever moved: row i writes slot
+        i mod (K + 1). None where K = 0.
+      gram: the Gram of the outputs, newest first, for solvers with a rule, else None.
+      row: the number of rows applied.
+    """
 
     x: jax.Array
-    history: tuple[jax.Array, ...]
+    outputs: jax.Array | None
     gram: Gram | None
+    row: jax.Array
 
 
 def start(x: jax.Array, table: Table, solver: Solver) -> Carry:
     """The carry before the first row, from the initial state `x`."""
-    memory = table.predictor.shape[-1] - 1
+    slots = table.predictor.shape[-1]
+    outputs = None if slots == 1 else jnp.zeros((slots, *x.shape), x.dtype)
     gram = None
     if solver.rule is not None:
         axes = grams.reduced_axes(x.shape, solver.channel_axis)
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
-        gram = grams.initial(kept, memory, scalar_dtype(x))
-    return Carry(x, (jnp.zeros_like(x),) * memory, gram)
+        gram = grams.initial(kept, slots - 1, scalar_dtype(x))
+    return Carry(x, outputs, gram, jnp.zeros((), jnp.int32))
 
 
 def apply_row(
@@ -120,35 +130,33 @@ def apply_row(
     Returns:
       The next carry, the corrected state at the row's time, and the rule's trace.
     """
-    x, history, gram = carry
+    x, outputs, gram, number = carry
     y = call_model(denoise, x, row.time)
     if row.history is not None:
         keep_x, keep_m = row.history
         y = _combine(x.dtype, (keep_x, keep_m), (x, y))
-    outputs = (y, *history)
-    predictor, corrector = list(row.predictor), list(row.corrector)
+    slots = row.predictor.shape[-1]
+    # ages[s] is the age of the output in slot s once y, of age 0, is written; the permutation is its own inverse.
+    ages = (number - jnp.arange(slots)) % slots
+    outputs = y[None] if outputs is None else jax.lax.dynamic_update_index_in_dim(outputs, y, number % slots, 0)
+
+    predictor, corrector = _column(row.predictor, x.ndim), _column(row.corrector, x.ndim)
     trace: dict[str, jax.Array] = {}
     if solver.rule is not None and gram is not None:
         axes = grams.reduced_axes(x.shape, solver.channel_axis)
-        gram = grams.push(gram, y, history, axes)
+        gram = grams.push(gram, y, outputs, ages, axes)
         adaptive = _over_samples(solver.rule, gram.norms[0].ndim)(row.rule, gram)
         trace = adaptive.trace
         corrects, predicts = row.adaptive
-        predictor = [
-            c + predicts * jnp.expand_dims(a, axes)
-            for c, a in zip(predictor, adaptive.predictor, strict=True)
-        ]
-        corrector = [
-            c + corrects * jnp.expand_dims(a, axes)
-            for c, a in zip(corrector, adaptive.corrector, strict=True)
-        ]
-    corrected = _combine(x.dtype, (None, *corrector), (x, *outputs))
+        predictor = predictor + predicts * jnp.expand_dims(jnp.stack(adaptive.predictor), [a + 1 for a in axes])
+        corrector = corrector + corrects * jnp.expand_dims(jnp.stack(adaptive.corrector), [a + 1 for a in axes])
+    corrected = _combine(x.dtype, (None, *corrector[ages]), (x, *outputs))
     # The next probe straight from x, so that the corrected state is computed only where a trace asks for it.
-    following = [row.transition * b + d for b, d in zip(corrector, predictor, strict=True)]
-    next_x = _combine(x.dtype, (row.transition, *following), (x, *outputs))
+    following = row.transition * corrector + predictor
+    next_x = _combine(x.dtype, (row.transition, *following[ages]), (x, *outputs))
     if row.noise is not None and noise is not None:
         next_x = _combine(x.dtype, (None, row.noise), (next_x, noise))
-    return Carry(next_x, outputs[: len(history)], gram), corrected, trace
+    return Carry(next_x, None if slots == 1 else outputs, gram, number + 1), corrected, trace
 
 
 def call_model(denoise: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -196,15 +204,15 @@ def scalar_dtype(x: jax.Array) -> Any:
 def _combine(dtype: Any, coefficients: tuple[Any, ...], arrays: tuple[jax.Array, ...]) -> jax.Array:
     """The linear combination of arrays, None standing for a coefficient 1, computed in float32 at least."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    terms = [
-        a.astype(wide) if c is None else c * a.astype(wide) for c, a in zip(coefficients, arrays, strict=True)
-    ]
+    terms = [a.astype(wide) if c is None else c * a.astype(wide) for c, a in zip(coefficients, arrays, strict=True)]
     return sum(terms[1:], start=terms[0]).astype(dtype)
 
 
-def _over_samples(
-    rule: Callable[[Any, Gram], Coefficients], ndim: int
-) -> Callable[[Any, Gram], Coefficients]:
+def _column(coefficients: jax.Array, ndim: int) -> jax.Array:
+    return coefficients.reshape(-1, *(1,) * ndim)
+
+
+def _over_samples(rule: Callable[[Any, Gram], Coefficients], ndim: int) -> Callable[[Any, Gram], Coefficients]:
     """The rule vmapped over the axes of the Gram's entries: samples, and channels where they are separate."""
     for _ in range(ndim):
         rule = jax.vmap(rule, in_axes=(None, 0))

@@ -9,7 +9,7 @@ from evodiff_jax.schedules import NoiseSchedule, namespace
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def ddim(eta: float = 0.0) -> Solver:
     """DDIM; for eta = 0 the first-order exponential integrator of the probability-flow ODE (Euler's method for EDM).
 

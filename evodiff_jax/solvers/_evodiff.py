@@ -10,9 +10,18 @@ outputs m_t, m_0, m_1 there, kappa = sigma / alpha, lambda = -log kappa and
     rho_2 = (1 - w) b + w <m_t, m_0> / <m_0, m_0>   D_2 = m_t - rho_2 m_0
 
 each step first probes x_p = x_e + A / (2 r_i) D_1 with r_i = r sigmoid(|rho_1| / 4), calls the model there, and then
-corrects, with no further call, to x = x_e + A / (2 zeta) B, B = r (1 - eta) D_2 - (eta / r) D_1, where eta and zeta
-follow in closed form from inner products of D_1, D_2 and the outputs. Ratios are clipped to [-2, 2]. The first step
-is DDIM, the last is taken without a call. All of it is linear in the outputs, so a step is one row of the table.
+corrects, with no further call, to
+
+    x = x_e + A / (2 zeta) B                        B = r (1 - eta) D_2 - (eta / r) D_1
+
+where zeta and eta minimise the conditional variance of the step in closed form. With B+ = r D_2, B- = D_1 / r and
+P = A / (2 r_i) (D_1 - B),
+
+    eta*  = <B+ + B-, B+ - B-> / (2 |B+ - B-|^2)    eta  = sigmoid(|eta*|) / 2
+    zeta* = <P, D_1> / (A |D_1|^2)                  zeta = sigmoid(|zeta*| - 1/2)
+
+and every ratio of inner products is clipped to [-2, 2]. The first step is DDIM, the last one makes no call. All of it
+is linear in the outputs, so that a step is one row of a table whose coefficients come from a Gram matrix.
 
 Li, Lin, Yang, Zhang, Zhang, "EVODiff: Entropy-aware Variance Optimized Diffusion Inference", NeurIPS 2025,
 arXiv 2509.26096.
@@ -37,6 +46,7 @@ class Step(NamedTuple):
     """The schedule scalars of one step, or arrays of them for all steps of a run."""
 
     amplitude: Any  # A = sigma_t h
+    gain: Any  # what zeta* is scaled by: A as released, A / alpha_t to not depend on the scale of the state
     h: Any
     ratio: Any  # r
     weight: Any  # w
@@ -52,7 +62,7 @@ class Steps(NamedTuple):
     predicted: Step
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def evodiff(channel_axis: int | None = -1) -> Solver:
     """EVODiff, the default solver: one model call a step.
 
@@ -62,8 +72,9 @@ def evodiff(channel_axis: int | None = -1) -> Solver:
       1 - sqrt(sigma_t sigma_0);
     * the balance factor b is 1 rather than sqrt(sigma_t sigma_1) / sigma_0, which is 1 only on log-SNR grids of a
       variance-exploding schedule, so that a constant model is integrated exactly on every grid;
-    * the weight w is a function of kappa rather than t, so that variance-preserving and variance-exploding runs of
-      one problem agree.
+    * the weight w is a function of kappa rather than t, and zeta* is clipped in units of the data rather than of the
+      scaled state, so that variance-preserving and variance-exploding runs of one problem agree;
+    * zeta has one form at every number of steps, where the released code has another above 20.
 
     Args:
       channel_axis: the axis of the state that holds channels, whose coefficients are chosen separately as in the
@@ -84,7 +95,7 @@ def evodiff(channel_axis: int | None = -1) -> Solver:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def evodiff_reference(channel_axis: int | None = -1) -> Solver:
     """EVODiff exactly as released (EDM-style, second order), for reproduction: one model call a step.
 
@@ -124,6 +135,7 @@ def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
     clock = times if released else xp.exp(-lambda_)
     step = Step(
         amplitude=amplitude,
+        gain=amplitude if released else amplitude / alpha[1:],
         h=xp.where(probes, xp.exp(safe_lambda[1:]) - xp.exp(safe_lambda[:-1]), ones),
         ratio=xp.where(probes, gap[before] / gap, ones),
         weight=(1 - ((clock[1:] + clock[-1]) / (clock[0] + clock[-1])) ** 2) / 2,
@@ -163,10 +175,10 @@ def _rule(steps: Steps, gram: Gram, released: bool) -> Coefficients:
     r = step.ratio
     forward, backward = r**2 * d2_d2, d1_d1 / r**2
     eta = jax.nn.sigmoid(jnp.abs(_clipped_ratio(forward - backward, forward - 2 * d1_d2 + backward) / 2)) / 2
-    half_probe = step.amplitude / (2 * _probe_ratio(step, u1))
-    # <P, D_1> / <D_1, D_1> with P = A / (2 r_i) (D_1 - B)
-    projection = half_probe * (d1_d1 * (1 + eta / r) - r * (1 - eta) * d1_d2)
-    zeta_star = _clipped_ratio(projection, d1_d1) / step.amplitude
+    probe_ratio = _probe_ratio(step, u1)
+    # <P, D_1> / <D_1, D_1> with P = gain / (2 r_i) (D_1 - B)
+    projection = step.gain / (2 * probe_ratio) * (d1_d1 * (1 + eta / r) - r * (1 - eta) * d1_d2)
+    zeta_star = _clipped_ratio(projection, d1_d1) / step.gain
     sharpness = 1.0
     if released:
         curvature = _clipped_ratio(step.h * (norm_0 - norm_1 + gram.distance(1, 2)) / 2, gram.distance(1, 2))
@@ -175,7 +187,7 @@ def _rule(steps: Steps, gram: Gram, released: bool) -> Coefficients:
     zeta = jax.nn.sigmoid((jnp.abs(zeta_star) - 0.5) * sharpness)
 
     half_step = step.amplitude / (2 * zeta)
-    on_d2, on_d1 = half_step * r * (1 - eta), -half_step * eta / r - half_probe
+    on_d2, on_d1 = half_step * r * (1 - eta), -half_step * eta / r - step.amplitude / (2 * probe_ratio)
     corrector = tuple(on_d2 * b + on_d1 * a for a, b in zip(d1, d2, strict=True))
 
     # In the next step m_t and m_0 are what m_0 and m_1 are in this one.
