@@ -1,0 +1,117 @@
+"""The command line: `evodiff-jax sample`, `train` and `info`.
+
+Exit codes: 0 done, 1 training diverged, 2 a bad argument or file, 130 interrupted, 141 nobody reads the output. What
+went wrong is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from typing import NoReturn
+
+import jax
+
+from evodiff_jax import __version__
+from evodiff_jax.cli_sample import add_sample_arguments, run_sample
+from evodiff_jax.cli_train import add_train_arguments, run_train
+
+_PROGRAM = "evodiff-jax"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name, by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+        _flush_stdout()
+    except SystemExit as stop:  # --help and --version, which have printed
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    except FloatingPointError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_info(_: argparse.Namespace) -> None:
+    """Prints versions, devices and the packaged models with their cards."""
+    from evodiff_jax import models
+
+    print(f"evodiff_jax {__version__}")
+    for package in ("jax", "jaxlib", "flax", "numpy"):
+        print(f"{package} {importlib.metadata.version(package)}")
+    print(f"python {platform.python_version()}")
+    for device in jax.devices():
+        print(f"device {device.id}: {device.platform}, {device.device_kind}")
+    weights = resources.files(models) / "weights"
+    for name in models.available():
+        model = models.load(name)
+        size = len((weights / f"{name}.safetensors").read_bytes())
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        print(f"model {name}: {parameters:,} parameters, {model.metadata['steps']:,} steps, {size / 1e6:.1f} MB\n")
+        print((weights / f"{name}.md").read_text(encoding="utf-8"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its complaints as exceptions: `main` prints them in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(_PROGRAM, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{sample,train,info}")
+    for name, add_arguments, run, summary in (
+        ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
+        ("train", add_train_arguments, run_train, "train the packaged models again"),
+        ("info", lambda _: None, run_info, "versions, devices and packaged models"),
+    ):
+        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _fail(error: Exception, code: int) -> int:
+    """Prints one line, whatever the message holds."""
+    print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _flush_stdout() -> None:
+    """Flushes here, where a failure is still reported: at exit Python prints a traceback for it."""
+    if sys.stdout is None:  # closed by whoever started the process
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_stdout()
+        raise OSError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def _drop_stdout() -> None:
+    """Sends what is still in the buffer nowhere, so that the flush at exit is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,303 @@
+"""`evodiff-jax sample`: images from the packaged model, or from one of your own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evodiff_jax import grids
+from evodiff_jax.data import CLASS_NAMES
+from evodiff_jax.denoisers import classifier_free_guidance
+from evodiff_jax.sampling import sample
+from evodiff_jax.schedules import edm
+from evodiff_jax.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from evodiff_jax.models import Model
+
+GRIDS: dict[str, grids.Grid] = {
+    grid.__name__: grid for grid in (grids.log_snr, grids.karras, grids.time_uniform, grids.time_quadratic)
+}
+
+_ZOOM = 2
+_PADDING = 2
+_MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
+_MAX_STEPS = 1_000
+_MAX_GUIDANCE = 100.0
+
+
+class Run(NamedTuple):
+    """What a run made and how long it took.
+
+    Attributes:
+        images: float32 (N, H, W, C), as sampled.
+        compile_seconds: time to trace and compile.
+        batch_seconds: mean time of a batch.
+    """
+
+    images: np.ndarray
+    compile_seconds: float
+    batch_seconds: float
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `evodiff-jax sample`."""
+    add = parser.add_argument
+    add("--num", type=_integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
+    add("--batch", type=_integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
+    add("--steps", type=_integer(1, _MAX_STEPS), default=10, help="steps, a model call each (default: %(default)s)")
+    add("--solver", choices=SOLVERS, default="evodiff", help="default: %(default)s")
+    add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
+    add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: all in turn)")
+    add("--guidance", type=_guidance, default=1.0, metavar="SCALE", help="classifier-free guidance (default: 1, none)")
+    add("--denoise-to-zero", action="store_true", help="end with one more model call, at the last noise level")
+    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what the network computes in")
+    add("--checkpoint", default="fashion_mnist", metavar="PATH", help="model file that training wrote")
+    add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
+    add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Runs `evodiff-jax sample`.
+
+    Args:
+        args: what `add_sample_arguments` parsed.
+
+    Raises:
+        ValueError: an argument does not fit the model, the model is unusable, or a batch does not fit in memory.
+        OSError: an output cannot be written, or the model not be read.
+    """
+    _check_output("--out", args.out, ".png")
+    if args.npz is not None:
+        _check_output("--npz", args.npz, ".npz")
+
+    from evodiff_jax import models
+
+    model = models.load(args.checkpoint)
+    if model.image_shape[2] not in (1, 3):
+        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
+    model = model._replace(config=dataclasses.replace(model.config, dtype=args.dtype))
+    batch = min(args.batch, args.num)
+    labels = make_labels(args.num, model.num_classes, args.label)
+    sampler = make_sampler(model, args.solver, args.grid, args.steps, args.guidance, args.denoise_to_zero)
+    try:
+        run = run_batches(sampler, model.params, jax.random.key(args.seed), labels, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
+        raise
+    if not np.isfinite(run.images).all():
+        raise ValueError(f"the samples are not finite: {args.checkpoint} is unusable, or needs other settings")
+
+    if args.npz is not None:
+        _write(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
+    _write(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
+
+    calls = args.steps + args.denoise_to_zero
+    # Scales 0 and 1 need one of the two predictions only.
+    evaluations = calls if args.guidance in (0, 1) else 2 * calls
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    device = jax.devices()[0]
+    outputs = args.out if args.npz is None else f"{args.out}, {args.npz}"
+    guided = "" if args.guidance == 1 else f" ({evaluations} network evaluations, guidance {args.guidance:g})"
+    print(f"model    {model.name}, {parameters:,} parameters, {args.dtype}")
+    print(f"solver   {args.solver}, {args.steps} steps on the {args.grid} grid")
+    print(f"NFE      {calls} model calls a sample{guided}")
+    print(f"images   {args.num} in batches of {batch}, seed {args.seed}")
+    print(f"compile  {run.compile_seconds:.2f} s")
+    print(f"sample   {run.batch_seconds:.3f} s a batch, {batch / run.batch_seconds:.1f} images/s")
+    print(f"device   {device.platform}, {device.device_kind}")
+    print(f"output   {outputs}")
+
+
+def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
+    """The classes of `num` images.
+
+    Args:
+        num: how many.
+        num_classes: classes that the model knows.
+        label: number or name of one class, or None for all classes in turn. Names are Fashion-MNIST's; case, spaces
+            and punctuation do not matter.
+
+    Returns:
+        int32 (num,).
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if label is None:
+        return np.arange(num, dtype=np.int32) % num_classes
+    names = {_letters(name): i for i, name in enumerate(CLASS_NAMES)} if num_classes == len(CLASS_NAMES) else {}
+    chosen = int(label) if label.isascii() and label.isdecimal() else names.get(_letters(label), -1)
+    if not 0 <= chosen < num_classes:
+        named = f" or one of {', '.join(CLASS_NAMES)}" if names else ""
+        raise ValueError(f"argument --class: must be in 0 .. {num_classes - 1}{named}, got {label!r}")
+    return np.full(num, chosen, np.int32)
+
+
+def make_sampler(
+    model: Model, solver: str, grid: str, steps: int, guidance: float, denoise_to_zero: bool
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns the pure function (params, key, indices, labels) -> images (B, H, W, C) float32, to be jitted.
+
+    The noise of image i comes from (key, i) alone, so that an image does not depend on the batch it is made in.
+    """
+    schedule = edm(sigma_min=model.sigma_min, sigma_max=model.sigma_max)
+    times = GRIDS[grid](schedule, steps)
+
+    def sampler(params: Any, key: jax.Array, indices: jax.Array, labels: jax.Array) -> jax.Array:
+        draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), model.image_shape, jnp.float32)  # noqa: E731
+        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
+        null = jnp.full_like(labels, model.null_class)
+        denoise = classifier_free_guidance(conditional, labels, null, guidance)
+        x_T = schedule.t_max * jax.vmap(draw)(indices)
+        return sample(denoise, x_T, times, schedule, SOLVERS[solver](), denoise_to_zero)
+
+    return sampler
+
+
+def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, labels: np.ndarray, batch: int) -> Run:
+    """Compiles a sampler once and runs it over all images; the last batch is filled up and trimmed.
+
+    Args:
+        sampler: what `make_sampler` returned.
+        params: the weights.
+        key: the key of the run.
+        labels: int32 (N,), the classes.
+        batch: images at a time.
+
+    Returns:
+        The images and the times.
+    """
+    from tqdm import tqdm
+
+    num = len(labels)
+    padded = -(-num // batch) * batch
+    indices = np.arange(padded, dtype=np.uint32).reshape(-1, batch)
+    classes = np.resize(labels, padded).reshape(-1, batch)
+    images = []
+    # disable=None: no bar unless stderr is a terminal.
+    with tqdm(total=num, unit="image", desc="compiling", leave=False, disable=None) as bar:
+        start = time.perf_counter()
+        compiled = jax.jit(sampler).lower(params, key, indices[0], classes[0]).compile()
+        compiled_at = time.perf_counter()
+        bar.set_description("sampling")
+        sampling = 0.0
+        for i, c in zip(indices, classes, strict=True):
+            started = time.perf_counter()
+            x = jax.block_until_ready(compiled(params, key, i, c))
+            sampling += time.perf_counter() - started
+            images.append(np.asarray(x))
+            bar.update(min(batch, num - bar.n))
+    return Run(np.concatenate(images)[:num], compiled_at - start, sampling / len(indices))
+
+
+def make_picture(images: np.ndarray, labels: np.ndarray) -> Image.Image:
+    """Draws images of one or three channels as a grid, each class on rows of its own.
+
+    Args:
+        images: (N, H, W, C) in [-1, 1]; values outside are clipped.
+        labels: (N,), the classes.
+
+    Returns:
+        The picture.
+    """
+    from PIL import Image
+
+    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels = pixels.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+    rows, columns = _positions(labels)
+    height, width = pixels.shape[1] + _PADDING, pixels.shape[2] + _PADDING
+    shape = ((rows.max() + 1) * height + _PADDING, (columns.max() + 1) * width + _PADDING, pixels.shape[3])
+    canvas = np.full(shape, 255, np.uint8)
+    for image, row, column in zip(pixels, rows, columns, strict=True):
+        top, left = row * height + _PADDING, column * width + _PADDING
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(canvas.squeeze(-1) if canvas.shape[2] == 1 else canvas)
+
+
+def _positions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of every image: as many rows a class as make the grid about square."""
+    _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if counts.max() == 1:  # one image a class: rows of one image would be a ribbon
+        group, counts = np.zeros_like(group), np.array([len(labels)])
+    columns = math.ceil(counts.max() / max(1, round(math.sqrt(counts.max() / len(counts)))))
+    rows_per_class = math.ceil(counts.max() / columns)
+    order = np.argsort(group, kind="stable")
+    rank = np.empty_like(order)  # the number of an image within its class
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return group * rows_per_class + rank // columns, rank % columns
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    """An argument's type: an integer in low .. high."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be an integer in {low} .. {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _guidance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= _MAX_GUIDANCE:
+        raise argparse.ArgumentTypeError(f"must be a number in 0 .. {_MAX_GUIDANCE:g}, got {text!r}")
+    return value
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.casefold() if character.isalnum())
+
+
+def _check_output(option: str, path: Path, suffix: str) -> None:
+    """Raises an error if the file could not be written, before any work is done for it."""
+    if path.suffix != suffix:
+        raise ValueError(f"argument {option}: must end in {suffix}, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"argument {option}: {str(path)!r} is a folder, a file is needed")
+    if not path.parent.is_dir():
+        raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
+    try:
+        _write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
+    except OSError as error:
+        raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file that is complete or not there."""
+    temporary = _write_temporary(path, write)
+    os.replace(temporary, path)
+
+
+def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+    """Writes a file next to `path` and returns its path; it is gone if writing fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
