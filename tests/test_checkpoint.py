@@ -106,9 +106,10 @@ def tiny_model(path, **changes):
     config = models.UNetConfig(
         image_shape=(8, 8, 1), num_classes=2, widths=(8, 8), blocks=(1, 1), condition_width=8, heads=2
     )
-    zeros = jnp.zeros((1, 8, 8, 1), jnp.float32)
-    init = jax.jit(models.UNet(config).init)
-    params = init(jax.random.key(0), zeros, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+    args = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    shapes = jax.eval_shape(models.UNet(config).init, jax.random.key(0), *args)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), shapes)
     settings = config.to_dict() | {"sigma_data": 0.7} | changes
     checkpoint.save(path, params, kind="diffusion model", config=settings, card={"steps": 3})
     return config, params

@@ -1,5 +1,6 @@
 import argparse
 import gzip
+import math
 import shutil
 
 import chex
@@ -32,6 +33,18 @@ def dataset():
     return Dataset((0.7 * rows[:, :, None, None] + noise).astype(np.float32), labels)
 
 
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax mixes types; training does not run under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def filled(config, fill):
+    """A run's state with leaves from `fill(shape and dtype)`: nothing to compile, unlike a true initial state."""
+    return jax.tree.map(fill, jax.eval_shape(lambda: training.initial_state(config)))
+
+
 # The objective
 
 
@@ -55,10 +68,7 @@ def test_loss_of_known_denoisers(sigma):
 def test_label_dropout_hides_labels(dataset):
     config = training.TrainConfig(network=NETWORK)
     rng = np.random.default_rng(0)  # a new network's output layer is zero and would hide everything before it
-    params = jax.tree.map(
-        lambda p: jnp.asarray(0.2 * rng.standard_normal(p.shape).astype(np.float32)),
-        jax.eval_shape(lambda: training.initial_state(config)).params,
-    )
+    params = filled(config, lambda p: 0.2 * rng.standard_normal(p.shape).astype(np.float32)).params
 
     @jax.jit
     def loss(labels, dropout):
@@ -122,7 +132,7 @@ SMALL_CLASSIFIER = ClassifierConfig(image_shape=(8, 8, 1), num_classes=2, widths
 
 def test_averaged_weights_follow_the_power_function(dataset):
     config = training.TrainConfig(network=SMALL_CLASSIFIER, batch=4, warmup=2)
-    state = jax.jit(lambda: training.initial_state(config))()
+    state = filled(config, lambda p: np.full(p.shape, 0.1, p.dtype))
     step = jax.jit(training.make_step(config))
     history = []
     for i in range(5):
@@ -177,8 +187,7 @@ def test_data_that_do_not_fit(tmp_path, dataset):
 def test_folders_that_do_not_fit(tmp_path, dataset):
     with pytest.raises(FileNotFoundError, match="no file"):
         training.train(CONFIG, dataset, tmp_path / "new", resume=True)
-    shapes = jax.eval_shape(lambda: training.initial_state(CONFIG))
-    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    state = filled(CONFIG, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
     training.write_checkpoint(CONFIG, state, tmp_path, {})
     with pytest.raises(ValueError, match="already holds a run"):
         training.train(CONFIG, dataset, tmp_path)
@@ -208,13 +217,27 @@ def test_command_errors_come_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_command_trains(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name, shape, top in (("images-idx3", (4, 28, 28), 256), ("labels-idx1", (4,), 10)):
+@pytest.mark.parametrize(
+    ("words", "network", "steps", "batch"),
+    [
+        (["--steps", "7", "--batch", "5"], UNetConfig(), 7, 5),
+        (["--what", "classifier"], ClassifierConfig(), 3_000, 128),
+    ],
+)
+def test_command_passes_its_arguments_on(tmp_path, monkeypatch, capsys, words, network, steps, batch):
+    for name, shape in (("images-idx3", (4, 28, 28)), ("labels-idx1", (4,))):
         header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-        content = gzip.compress(header + rng.integers(0, top, shape, np.uint8).tobytes())
-        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(content)
-    words = ["--what", "classifier", "--data", str(tmp_path), "--batch", "2", "--out", str(tmp_path / "run")]
-    run_train(parse(*words, "--steps", "1"))
-    path = capsys.readouterr().out.strip()
-    assert models.load_classifier(path).metadata["steps"] == 1
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(header + bytes(math.prod(shape))))
+    calls = []
+
+    def train(config, dataset, out, *, resume, command):
+        calls.append((config, len(dataset.labels), out, resume))
+        assert command.startswith("evodiff-jax ")
+        return tmp_path / "model.safetensors"
+
+    monkeypatch.setattr(training, "train", train)
+    run_train(parse(*words, "--data", str(tmp_path), "--out", "run", "--seed", "3", "--resume"))
+    [(config, size, out, resume)] = calls
+    assert (config.network, config.steps, config.batch, config.seed) == (network, steps, batch, 3)
+    assert (size, out, resume) == (4, "run", True)
+    assert capsys.readouterr().out == f"{tmp_path / 'model.safetensors'}\n"
