@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.schedules import NoiseSchedule
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
@@ -42,7 +43,7 @@ def from_prediction(fn: Denoiser, schedule: NoiseSchedule, prediction: str) -> D
         output = fn(x, t)
         if prediction == "data":
             return output.astype(x.dtype)
-        t = jnp.asarray(t, jnp.promote_types(x.dtype, jnp.float32))
+        t = jnp.asarray(t, at_least_float32(x.dtype))
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return ((x.astype(t.dtype) - sigma * output.astype(t.dtype)) / alpha).astype(x.dtype)
 

@@ -72,7 +72,7 @@ def push(gram: Gram, newest: jax.Array, outputs: jax.Array, ages: jax.Array, axe
 
 def _sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Sums of squares over `axes` of each array (B, ...) stacked in `x`."""
-    if axes != tuple(range(1, x.ndim - 2)):
+    if not axes or axes != tuple(range(1, x.ndim - 2)):
         return jnp.sum(jnp.square(x), axis=[axis + 1 for axis in axes])
     # A few channels last: XLA's CPU code for a reduction that keeps them is scalar. Reducing to rows wide enough for
     # vectors first is several times faster; the barrier keeps XLA from merging the two sums again.

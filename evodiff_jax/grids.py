@@ -1,10 +1,11 @@
-"""Time grids: the num_steps + 1 decreasing times of a run, from t_max to t_min of a schedule, as float64 NumPy arrays."""
+"""Time grids: the N + 1 decreasing times of a run, from t_max to t_min of a schedule, as float64 NumPy arrays."""
 
 from collections.abc import Callable
 
 import numpy as np
 
-from evodiff_jax.schedules import NoiseSchedule, on_host
+from evodiff_jax.numerics import on_host
+from evodiff_jax.schedules import NoiseSchedule
 
 Grid = Callable[[NoiseSchedule, int], np.ndarray]
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from evodiff_jax import tables
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.gram import Gram
+from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.solvers._evodiff import evodiff
 from evodiff_jax.tables import Solver, Table
@@ -74,7 +75,8 @@ def sample(
       The sample at times[-1], of the shape and dtype of x_T.
 
     Raises:
-      TypeError: when x_T is not floating-point, or denoise returns no floating-point array.
+      TypeError: when x_T is not floating-point, denoise returns no floating-point array, or the schedule or solver is
+        something else.
       ValueError: when x_T has no batch axis, the times are not as above, denoise returns another shape, or a
         stochastic solver gets no key or a deterministic one gets one. All before compilation.
 
@@ -142,15 +144,19 @@ def _prepare(
         raise TypeError(f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')")
     if x_T.ndim < 1:
         raise ValueError("x_T must have a batch axis in front, got a scalar")
-    times = check_times(times, schedule)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
     solver = evodiff() if solver is None else solver
-    table = solver.table(schedule, times)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, for example solvers.evodiff(), called, got {solver!r}")
+    checked_times = check_times(times, schedule)
+    table = solver.table(schedule, checked_times)
     if (table.noise is None) != (key is None):
         wants = "is deterministic: it takes no key" if table.noise is None else "is stochastic: it needs a key"
         raise ValueError(f"the solver {solver.name} {wants}")
     if denoise_to_zero:
-        table = tables.append_denoising(table, times[-1])
-    dtype = tables.scalar_dtype(x_T)
+        table = tables.append_denoising(table, checked_times[-1])
+    dtype = at_least_float32(x_T.dtype)
     return x_T, jax.tree.map(lambda column: jnp.asarray(column, dtype), table), solver
 
 
@@ -191,7 +197,7 @@ def _scan(denoise: Denoiser, x_T: jax.Array, table: Table, solver: Solver, key: 
         noise = None
         if key is not None:
             key, draw = jax.random.split(key)
-            noise = jax.random.normal(draw, x_T.shape, tables.scalar_dtype(x_T))
+            noise = jax.random.normal(draw, x_T.shape, at_least_float32(x_T.dtype))
         carry, corrected, coefficients = tables.apply_row(denoise, solver, carry, row, noise)
         return (carry, key), (corrected, coefficients, carry.gram) if traced else None
 

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+
+from evodiff_jax.numerics import namespace, on_host
 
 ScheduleFn = Callable[[Any], Any]
 
@@ -85,7 +85,7 @@ class NoiseSchedule:
         xp = namespace(t)
         alpha, sigma = self.alpha(t), self.sigma(t)
         if xp is np:
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore"):  # the caller judges infinities
                 return np.log(np.asarray(alpha, np.float64)) - np.log(np.asarray(sigma, np.float64))
         return jnp.log(alpha) - jnp.log(sigma)
 
@@ -94,25 +94,6 @@ class NoiseSchedule:
         if namespace(t) is np:
             return Levels(*(on_host(f, t) for f in (self.alpha, self.sigma, self.lambda_)))
         return Levels(self.alpha(t), self.sigma(t), self.lambda_(t))
-
-
-def namespace(*values: Any) -> ModuleType:
-    """jax.numpy when any value is a JAX array (traced or not), else numpy."""
-    return jnp if any(isinstance(v, jax.Array) for v in values) else np
-
-
-def on_host(fn: ScheduleFn, values: ArrayLike | list[float]) -> np.ndarray:
-    """Evaluates `fn`, written in NumPy or jax.numpy, in float64 outside any trace in progress."""
-    with jax.ensure_compile_time_eval(), _enable_x64():
-        return np.asarray(fn(np.asarray(values, np.float64)), np.float64)
-
-
-def _enable_x64() -> Any:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # JAX before 0.8  # pyright: ignore[reportAttributeAccessIssue]
-
-    return enable_x64(True)
 
 
 def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:

@@ -28,7 +28,8 @@ import numpy as np
 from evodiff_jax import gram as grams
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.gram import Gram
-from evodiff_jax.schedules import NoiseSchedule, namespace
+from evodiff_jax.numerics import at_least_float32, namespace
+from evodiff_jax.schedules import NoiseSchedule
 
 
 class Table(NamedTuple):
@@ -111,7 +112,7 @@ def start(x: jax.Array, table: Table, solver: Solver) -> Carry:
     if solver.rule is not None:
         axes = grams.reduced_axes(x.shape, solver.channel_axis)
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
-        gram = grams.initial(kept, slots - 1, scalar_dtype(x))
+        gram = grams.initial(kept, slots - 1, at_least_float32(x.dtype))
     return Carry(x, outputs, gram, jnp.zeros((), jnp.int32))
 
 
@@ -196,14 +197,9 @@ def append_denoising(table: Table, t: Any) -> Table:
     )
 
 
-def scalar_dtype(x: jax.Array) -> Any:
-    """The dtype of table scalars and inner products for a state: its own, float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _combine(dtype: Any, coefficients: tuple[Any, ...], arrays: tuple[jax.Array, ...]) -> jax.Array:
     """The linear combination of arrays, None standing for a coefficient 1, computed in float32 at least."""
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = at_least_float32(dtype)
     terms = [a.astype(wide) if c is None else c * a.astype(wide) for c, a in zip(coefficients, arrays, strict=True)]
     return sum(terms[1:], start=terms[0]).astype(dtype)
 

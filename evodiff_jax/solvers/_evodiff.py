@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.gram import Gram
-from evodiff_jax.schedules import NoiseSchedule, namespace
+from evodiff_jax.numerics import namespace
+from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Coefficients, Solver, Table
 
 _CLIP = 2.0

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.schedules import NoiseSchedule, namespace
+from evodiff_jax.numerics import namespace
+from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Solver, Table
 
 
