@@ -69,7 +69,8 @@ def sample(
       schedule: the model's noise schedule.
       solver: one of `evodiff_jax.solvers`, by default evodiff().
       denoise_to_zero: return denoise(x, times[-1]) at the end, for one more model call.
-      key: a JAX random key, for stochastic solvers.
+      key: a JAX random key, needed by stochastic solvers and unused by the others, so that comparing solvers is
+        changing one argument.
 
     Returns:
       The sample at times[-1], of the shape and dtype of x_T.
@@ -78,7 +79,7 @@ def sample(
       TypeError: when x_T is not floating-point, denoise returns no floating-point array, or the schedule or solver is
         something else.
       ValueError: when x_T has no batch axis, the times are not as above, denoise returns another shape, or a
-        stochastic solver gets no key or a deterministic one gets one. All before compilation.
+        stochastic solver gets no key. All before compilation.
 
     Example:
       >>> import jax, evodiff_jax as ed
@@ -151,9 +152,8 @@ def _prepare(
         raise TypeError(f"solver must be a Solver, for example solvers.evodiff(), called, got {solver!r}")
     checked_times = check_times(times, schedule)
     table = solver.table(schedule, checked_times)
-    if (table.noise is None) != (key is None):
-        wants = "is deterministic: it takes no key" if table.noise is None else "is stochastic: it needs a key"
-        raise ValueError(f"the solver {solver.name} {wants}")
+    if table.noise is not None and key is None:
+        raise ValueError(f"the solver {solver.name} is stochastic: pass key, for example jax.random.key(0)")
     if denoise_to_zero:
         table = tables.append_denoising(table, checked_times[-1])
     dtype = at_least_float32(x_T.dtype)
@@ -195,7 +195,7 @@ def _scan(denoise: Denoiser, x_T: jax.Array, table: Table, solver: Solver, key: 
     def step(state: tuple[tables.Carry, Any], row: Table) -> tuple[tuple[tables.Carry, Any], Any]:
         carry, key = state
         noise = None
-        if key is not None:
+        if row.noise is not None:
             key, draw = jax.random.split(key)
             noise = jax.random.normal(draw, x_T.shape, at_least_float32(x_T.dtype))
         carry, corrected, coefficients = tables.apply_row(denoise, solver, carry, row, noise)

@@ -24,19 +24,16 @@ def constant(value):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 8, 25])
+@pytest.mark.parametrize("steps", [1, 3, 8, 25])
 def test_a_constant_model_is_integrated_exactly(schedule, grid, steps, x64):
     times = grid(schedule, steps)
     x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
     alpha, sigma, _ = schedule.levels(times)
-    x, trace = ed.sample_with_trace(constant(0.3), x_T, times, schedule)
-    exact = 0.3 * alpha[-1] + sigma[-1] / sigma[0] * (x_T - 0.3 * alpha[0])
-    np.testing.assert_allclose(x, exact, rtol=1e-12, atol=1e-13)
+    denoised, trace = ed.sample_with_trace(constant(0.3), x_T, times, schedule, denoise_to_zero=True)
+    np.testing.assert_array_equal(denoised, np.full_like(x_T, 0.3))
     for i in range(steps + 1):
         exact = 0.3 * alpha[i] + sigma[i] / sigma[0] * (x_T - 0.3 * alpha[0])
         np.testing.assert_allclose(trace.states[i], exact, rtol=1e-12, atol=1e-13)
-    denoised = ed.sample(constant(0.3), x_T, times, schedule, denoise_to_zero=True)
-    np.testing.assert_array_equal(denoised, np.full_like(x_T, 0.3))
 
 
 @settings(deadline=None, max_examples=25)

@@ -23,8 +23,7 @@ def gaussian(x, t):
 
 
 @solvers
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-@pytest.mark.parametrize("denoise_to_zero", [False, True])
+@pytest.mark.parametrize(("steps", "denoise_to_zero"), [(1, False), (1, True), (2, True), (7, False), (7, True)])
 def test_exactly_one_call_a_step_at_the_times_of_the_run(solver, steps, denoise_to_zero):
     called = []
 
@@ -63,8 +62,11 @@ def test_the_network_is_traced_once_and_stands_once_in_the_program(solver, denoi
 
 
 @solvers
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, jnp.float32) for shape in SHAPES), ((3, 4, 4, 2), jnp.bfloat16), ((2, 6), jnp.float16)],
+    ids=str,
+)
 def test_any_shape_keeps_its_shape_and_dtype(solver, shape, dtype, strict_promotion):
     x_T = initial_state(ed.schedules.edm(0.01, 20.0), shape, dtype)
     schedule = ed.schedules.edm(0.01, 20.0)
@@ -119,7 +121,7 @@ class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_jit_equals_no_jit(self):
         x_T = initial_state(EDM, (3, 4, 4, 2))
-        times = ed.grids.karras(EDM, 6)
+        times = ed.grids.karras(EDM, 4)
         for make in SOLVERS.values():
             sample = functools.partial(ed.sample, mixture(EDM), times=times, schedule=EDM, solver=make())
             x = self.variant(sample)(x_T)
@@ -255,8 +257,7 @@ TIMES = ed.grids.log_snr(EDM, 4)
         ({"times": np.array([3.0, np.nan])}, ValueError, "finite"),
         ({"times": np.array([81.0, 1.0])}, ValueError, "within the schedule's 0.002 to 80.0"),
         ({"times": np.array([80.0, 0.0])}, ValueError, "within the schedule's"),
-        ({"key": jax.random.key(0)}, ValueError, "evodiff is deterministic"),
-        ({"solver": ed.solvers.ddim(eta=1.0)}, ValueError, "ddim is stochastic: it needs a key"),
+        ({"solver": ed.solvers.ddim(eta=1.0)}, ValueError, "ddim is stochastic: pass key"),
         ({"solver": ed.solvers.evodiff}, TypeError, "solver must be a Solver"),
         ({"solver": "evodiff"}, TypeError, "solver must be a Solver"),
         ({"schedule": ed.schedules.edm}, TypeError, "schedule must be a NoiseSchedule"),
