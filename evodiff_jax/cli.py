@@ -7,6 +7,7 @@ went wrong is one line on stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -34,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        args = _parser().parse_args(argv)
-        args.run(args)
+        with contextlib.suppress(SystemExit):  # --help and --version leave the parser this way when they have printed
+            args = _parser().parse_args(argv)
+            args.run(args)
         _flush_stdout()
-    except SystemExit as stop:  # --help and --version, which have printed
-        return int(stop.code or 0)
     except BrokenPipeError:
         _drop_stdout()
         return 141

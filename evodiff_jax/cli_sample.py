@@ -58,14 +58,25 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num", type=_integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
     add("--batch", type=_integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
     add("--steps", type=_integer(1, _MAX_STEPS), default=10, help="steps, a model call each (default: %(default)s)")
-    add("--solver", choices=SOLVERS, default="evodiff", help="default: %(default)s")
+    add("--solver", choices=SOLVERS, default="evodiff", help="(default: %(default)s)")
     add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
     add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: all in turn)")
-    add("--guidance", type=_guidance, default=1.0, metavar="SCALE", help="classifier-free guidance (default: 1, none)")
+    add(
+        "--guidance",
+        type=_guidance,
+        default=1.0,
+        metavar="SCALE",
+        help="classifier-free guidance (default: 1, which is none)",
+    )
     add("--denoise-to-zero", action="store_true", help="end with one more model call, at the last noise level")
     add("--seed", type=_integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what the network computes in")
-    add("--checkpoint", default="fashion_mnist", metavar="PATH", help="model file that training wrote")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)")
+    add(
+        "--checkpoint",
+        default="fashion_mnist",
+        metavar="PATH",
+        help="model file that training wrote (default: the packaged model)",
+    )
     add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
     add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
 
