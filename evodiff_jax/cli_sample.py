@@ -114,8 +114,8 @@ def run_sample(args: argparse.Namespace) -> None:
         raise ValueError(f"the samples are not finite: {args.checkpoint} is unusable, or needs other settings")
 
     if args.npz is not None:
-        _write(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
-    _write(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
+        _write_atomically(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
+    _write_atomically(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
 
     calls = args.steps + args.denoise_to_zero
     # Scales 0 and 1 need one of the two predictions only.
@@ -296,10 +296,9 @@ def _check_output(option: str, path: Path, suffix: str) -> None:
         raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
 
 
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file that is complete or not there."""
-    temporary = _write_temporary(path, write)
-    os.replace(temporary, path)
+    os.replace(_write_temporary(path, write), path)
 
 
 def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:

@@ -88,8 +88,8 @@ def sample(
       >>> denoise = lambda x, t: x / (1 + t**2)  # the exact model of standard normal data
       >>> x_T = schedule.t_max * jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
       >>> x = jax.jit(lambda x_T: ed.sample(denoise, x_T, times, schedule))(x_T)
-      >>> x.shape, round(float(x.std()), 1)
-      ((64, 32, 32, 3), 1.0)
+      >>> x.shape, x.dtype.name
+      ((64, 32, 32, 3), 'float32')
     """
     x_T, table, solver = _prepare(x_T, times, schedule, solver, denoise_to_zero, key)
     (carry, _), _ = _scan(denoise, x_T, table, solver, key, traced=False)

@@ -23,7 +23,7 @@ LAYERS = [
     ["sampling"],
     ["data", "models"],
     ["training"],
-    ["cli_train"],
+    ["cli_train", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

