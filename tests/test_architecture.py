@@ -23,7 +23,6 @@ LAYERS = [
     ["sampling"],
     ["data", "models"],
     ["training"],
-    ["cli_train", "cli_sample"],
     ["cli"],
     ["__main__"],
 ]

@@ -14,8 +14,9 @@ import safetensors.numpy
 from PIL import Image
 
 import evodiff_jax as ed
-from evodiff_jax import cli, cli_sample, models
-from evodiff_jax.cli import main
+from evodiff_jax import cli, models
+from evodiff_jax.cli import main, output
+from evodiff_jax.cli import sample as cli_sample
 from evodiff_jax.models import checkpoint
 from evodiff_jax.models.unet import UNet, UNetConfig
 
@@ -170,7 +171,7 @@ def test_a_failed_write_leaves_what_was_there(folder):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        cli_sample._write_atomically(path, fail)
+        output.write_atomically(path, fail)
     assert path.read_bytes() == b"before"
     assert list(folder.iterdir()) == [path]
 
@@ -336,7 +337,7 @@ def test_options_reach_the_sampler(tiny, solver, grid, denoise_to_zero):
     [(64, 10, 10, 7), (1000, 10, 30, 34), (64, 1, 8, 8), (10, 10, 3, 4), (7, 10, 3, 3), (1, 10, 1, 1), (2, 1, 1, 2)],
 )
 def test_grid_of_images(num, classes, rows, columns):
-    picture = cli_sample.make_picture(np.zeros((num, 4, 6, 3), np.float32), np.arange(num) % classes)
+    picture = output.make_picture(np.zeros((num, 4, 6, 3), np.float32), np.arange(num) % classes)
     assert (picture.mode, picture.size) == ("RGB", (columns * 14 + 2, rows * 10 + 2))
 
 
@@ -344,7 +345,7 @@ def test_grid_of_images(num, classes, rows, columns):
 def test_every_image_has_a_place_in_a_row_of_its_class(classes):
     for num in range(1, 70):
         labels = np.arange(num) % classes
-        rows, columns = cli_sample._positions(labels)
+        rows, columns = output._positions(labels)
         assert len(set(zip(rows, columns, strict=True))) == num
         if num > classes:
             assert all(len(set(labels[rows == row])) == 1 for row in rows)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evodiff_jax import models, training
-from evodiff_jax.cli_train import add_train_arguments, run_train
+from evodiff_jax.cli.train import add_train_arguments, run_train
 from evodiff_jax.data import Dataset
 from evodiff_jax.models import checkpoint, edm
 from evodiff_jax.models.classifier import ClassifierConfig

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax import grids
+from evodiff_jax.cli.output import check_output, make_picture, write_atomically
 from evodiff_jax.data import CLASS_NAMES
 from evodiff_jax.denoisers import classifier_free_guidance
 from evodiff_jax.sampling import sample
@@ -23,16 +23,12 @@ from evodiff_jax.schedules import edm
 from evodiff_jax.solvers import SOLVERS
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from evodiff_jax.models import Model
 
 GRIDS: dict[str, grids.Grid] = {
     grid.__name__: grid for grid in (grids.log_snr, grids.karras, grids.time_uniform, grids.time_quadratic)
 }
 
-_ZOOM = 2
-_PADDING = 2
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
 _MAX_GUIDANCE = 100.0
@@ -91,9 +87,9 @@ def run_sample(args: argparse.Namespace) -> None:
         ValueError: an argument does not fit the model, the model is unusable, or a batch does not fit in memory.
         OSError: an output cannot be written, or the model not be read.
     """
-    _check_output("--out", args.out, ".png")
+    check_output("--out", args.out, ".png")
     if args.npz is not None:
-        _check_output("--npz", args.npz, ".npz")
+        check_output("--npz", args.npz, ".npz")
 
     from evodiff_jax import models
 
@@ -114,8 +110,8 @@ def run_sample(args: argparse.Namespace) -> None:
         raise ValueError(f"the samples are not finite: {args.checkpoint} is unusable, or needs other settings")
 
     if args.npz is not None:
-        _write_atomically(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
-    _write_atomically(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
+        write_atomically(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
+    write_atomically(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
 
     calls = args.steps + args.denoise_to_zero
     # Scales 0 and 1 need one of the two predictions only.
@@ -216,43 +212,6 @@ def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, 
     return Run(np.concatenate(images)[:num], compiled_at - start, sampling / len(indices))
 
 
-def make_picture(images: np.ndarray, labels: np.ndarray) -> Image.Image:
-    """Draws images of one or three channels as a grid, each class on rows of its own.
-
-    Args:
-        images: (N, H, W, C) in [-1, 1]; values outside are clipped.
-        labels: (N,), the classes.
-
-    Returns:
-        The picture.
-    """
-    from PIL import Image
-
-    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-    pixels = pixels.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
-    rows, columns = _positions(labels)
-    height, width = pixels.shape[1] + _PADDING, pixels.shape[2] + _PADDING
-    shape = ((rows.max() + 1) * height + _PADDING, (columns.max() + 1) * width + _PADDING, pixels.shape[3])
-    canvas = np.full(shape, 255, np.uint8)
-    for image, row, column in zip(pixels, rows, columns, strict=True):
-        top, left = row * height + _PADDING, column * width + _PADDING
-        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return Image.fromarray(canvas.squeeze(-1) if canvas.shape[2] == 1 else canvas)
-
-
-def _positions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every image: as many rows a class as make the grid about square."""
-    _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if counts.max() == 1:  # one image a class: rows of one image would be a ribbon
-        group, counts = np.zeros_like(group), np.array([len(labels)])
-    columns = math.ceil(counts.max() / max(1, round(math.sqrt(counts.max() / len(counts)))))
-    rows_per_class = math.ceil(counts.max() / columns)
-    order = np.argsort(group, kind="stable")
-    rank = np.empty_like(order)  # the number of an image within its class
-    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return group * rows_per_class + rank // columns, rank % columns
-
-
 def _integer(low: int, high: int) -> Callable[[str], int]:
     """An argument's type: an integer in low .. high."""
 
@@ -280,34 +239,3 @@ def _guidance(text: str) -> float:
 
 def _letters(name: str) -> str:
     return "".join(character for character in name.casefold() if character.isalnum())
-
-
-def _check_output(option: str, path: Path, suffix: str) -> None:
-    """Raises an error if the file could not be written, before any work is done for it."""
-    if path.suffix != suffix:
-        raise ValueError(f"argument {option}: must end in {suffix}, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"argument {option}: {str(path)!r} is a folder, a file is needed")
-    if not path.parent.is_dir():
-        raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
-    try:
-        _write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
-    except OSError as error:
-        raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file that is complete or not there."""
-    os.replace(_write_temporary(path, write), path)
-
-
-def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Writes a file next to `path` and returns its path; it is gone if writing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary

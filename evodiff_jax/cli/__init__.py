@@ -19,8 +19,8 @@ from typing import NoReturn
 import jax
 
 from evodiff_jax import __version__
-from evodiff_jax.cli_sample import add_sample_arguments, run_sample
-from evodiff_jax.cli_train import add_train_arguments, run_train
+from evodiff_jax.cli.sample import add_sample_arguments, run_sample
+from evodiff_jax.cli.train import add_train_arguments, run_train
 
 _PROGRAM = "evodiff-jax"
 

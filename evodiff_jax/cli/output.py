@@ -1,0 +1,85 @@
+"""What the commands write: pictures, and files that are complete or not there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_ZOOM = 2
+_PADDING = 2
+
+
+def make_picture(images: np.ndarray, labels: np.ndarray) -> Image.Image:
+    """Draws images of one or three channels as a grid, each class on rows of its own.
+
+    Args:
+        images: (N, H, W, C) in [-1, 1]; values outside are clipped.
+        labels: (N,), the classes.
+
+    Returns:
+        The picture.
+    """
+    from PIL import Image
+
+    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels = pixels.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
+    rows, columns = _positions(labels)
+    height, width = pixels.shape[1] + _PADDING, pixels.shape[2] + _PADDING
+    shape = ((rows.max() + 1) * height + _PADDING, (columns.max() + 1) * width + _PADDING, pixels.shape[3])
+    canvas = np.full(shape, 255, np.uint8)
+    for image, row, column in zip(pixels, rows, columns, strict=True):
+        top, left = row * height + _PADDING, column * width + _PADDING
+        canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return Image.fromarray(canvas.squeeze(-1) if canvas.shape[2] == 1 else canvas)
+
+
+def _positions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of every image: as many rows a class as make the grid about square."""
+    _, group, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if counts.max() == 1:  # one image a class: rows of one image would be a ribbon
+        group, counts = np.zeros_like(group), np.array([len(labels)])
+    columns = math.ceil(counts.max() / max(1, round(math.sqrt(counts.max() / len(counts)))))
+    rows_per_class = math.ceil(counts.max() / columns)
+    order = np.argsort(group, kind="stable")
+    rank = np.empty_like(order)  # the number of an image within its class
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return group * rows_per_class + rank // columns, rank % columns
+
+
+def check_output(option: str, path: Path, suffix: str) -> None:
+    """Raises an error if the file could not be written, before any work is done for it."""
+    if path.suffix != suffix:
+        raise ValueError(f"argument {option}: must end in {suffix}, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"argument {option}: {str(path)!r} is a folder, a file is needed")
+    if not path.parent.is_dir():
+        raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
+    try:
+        _write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
+    except OSError as error:
+        raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file that is complete or not there."""
+    os.replace(_write_temporary(path, write), path)
+
+
+def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+    """Writes a file next to `path` and returns its path; it is gone if writing fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
