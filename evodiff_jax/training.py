@@ -39,7 +39,7 @@ MODEL_FILE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. A resumed run may change `steps`, `log_every` and `checkpoint_every`, nothing else.
+    """Settings of a run. A resumed run may change `steps`, `cooldown`, `log_every` and `checkpoint_every` alone.
 
     Attributes:
         network: what is trained: a U-Net as a diffusion model, or a classifier.
@@ -49,6 +49,7 @@ class TrainConfig:
         learning_rate: its highest value, reached after `warmup` steps.
         warmup: steps of linear warmup.
         decay_start: step after which the rate falls as 1/sqrt(step), which needs no planned end.
+        cooldown: steps at the end of the run over which the rate falls further, linearly to 0.
         clip: largest norm of a step's gradient.
         ema_exponent: the weights that are exported average the last steps with weight ~ step^ema_exponent (power-
             function average, arXiv 2312.02696): early weights never dominate, however short the run.
@@ -67,6 +68,7 @@ class TrainConfig:
     learning_rate: float = 2e-3
     warmup: int = 400
     decay_start: int = 2_000
+    cooldown: int = 0
     clip: float = 1.0
     ema_exponent: float = 10.0
     p_mean: float = -0.85
@@ -83,6 +85,8 @@ class TrainConfig:
         for name in ("learning_rate", "clip", "p_std", "sigma_data"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.cooldown <= self.steps:
+            raise ValueError(f"cooldown must be in 0 .. {self.steps} steps, got {self.cooldown}")
         if not 0.0 <= self.label_dropout <= 1.0:
             raise ValueError(f"label_dropout must be in [0, 1], got {self.label_dropout}")
         if not 0 <= self.seed < 2**32:
@@ -129,12 +133,13 @@ def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam with clipped gradients, linear warmup, then a rate that falls as 1/sqrt(step)."""
+    """Adam with clipped gradients, linear warmup, a rate that falls as 1/sqrt(step), and a linear end."""
 
     def rate(count: ArrayLike) -> jax.Array:
         step = jnp.asarray(count).astype(jnp.float32) + 1.0
         decay = jnp.sqrt(jnp.maximum(step / config.decay_start, 1.0))
-        return config.learning_rate * jnp.minimum(step / config.warmup, 1.0) / decay
+        end = jnp.clip((config.steps + 1.0 - step) / (config.cooldown + 1.0), 0.0, 1.0)
+        return config.learning_rate * jnp.minimum(step / config.warmup, 1.0) / decay * end
 
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate, b1=0.9, b2=0.99))
 
@@ -273,7 +278,7 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
 def _resumed_state(config: TrainConfig, path: Path) -> TrainState:
     """Reads the state of a run with the same settings."""
     found = checkpoint.load(path, kind="training state")
-    free = {"steps", "log_every", "checkpoint_every"}
+    free = {"steps", "cooldown", "log_every", "checkpoint_every"}
     wanted = config.to_dict()
     changed = [k for k in wanted if k not in free and wanted[k] != found.config.get(k)]
     if changed:

@@ -140,3 +140,10 @@ def test_model_files_with_wrong_settings(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         models.load(path)
     assert str(path) in str(error.value)
+
+
+def test_settings_that_are_no_mapping(tmp_path):
+    path = tmp_path / "list.safetensors"
+    checkpoint.save(path, TREE, kind="diffusion model", config=[1, 2], card={})
+    with pytest.raises(ValueError, match="damaged settings"):
+        models.load(path)

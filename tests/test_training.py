@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import gzip
 import math
 import shutil
@@ -241,3 +242,15 @@ def test_command_passes_its_arguments_on(tmp_path, monkeypatch, capsys, words, n
     assert (config.network, config.steps, config.batch, config.seed) == (network, steps, batch, 3)
     assert (size, out, resume) == (4, "run", True)
     assert capsys.readouterr().out == f"{tmp_path / 'model.safetensors'}\n"
+
+
+def test_the_rate_falls_linearly_to_zero_at_the_end():
+    config = dataclasses.replace(CONFIG, steps=10, cooldown=4, warmup=1, decay_start=100, learning_rate=1.0, clip=1e3)
+    update = training.optimizer(config)
+    gradient = jnp.ones(3)
+    state = update.init(gradient)
+    rates = []
+    for _ in range(10):
+        updates, state = update.update(gradient, state)  # a constant gradient: Adam's steps are the rate
+        rates.append(-float(updates[0]))
+    np.testing.assert_allclose(rates, [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2], rtol=1e-4)

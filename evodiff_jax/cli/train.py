@@ -16,6 +16,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of the Fashion-MNIST IDX files")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, help="steps in all (default: 20000, classifier 3000)")
+    parser.add_argument(
+        "--cooldown", type=int, help="steps at the end over which the learning rate falls to 0 (default: 0)"
+    )
     parser.add_argument("--batch", type=int, help="images a step (default: 64, classifier 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -42,7 +45,7 @@ def run_train(args: argparse.Namespace) -> None:
         config = TrainConfig(
             network=ClassifierConfig(), steps=3_000, batch=128, seed=args.seed, warmup=100, decay_start=500
         )
-    given = {k: getattr(args, k) for k in ("steps", "batch") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in ("steps", "cooldown", "batch") if getattr(args, k) is not None}
     config = dataclasses.replace(config, **given)
     command = shlex.join(["evodiff-jax", *sys.argv[1:]])
     path = train(config, load_fashion_mnist("train", args.data), args.out, resume=args.resume, command=command)

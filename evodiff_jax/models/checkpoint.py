@@ -109,6 +109,8 @@ def load(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
         config, card = json.loads(metadata["config"]), json.loads(metadata["card"])
     except (KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} has damaged settings ({error}); copy it again or train anew") from error
+    if not (isinstance(config, dict) and isinstance(card, dict)):
+        raise ValueError(f"{path} has damaged settings (no mappings); copy it again or train anew")
     return Checkpoint(config, arrays, card)
 
 

@@ -1,0 +1,64 @@
+"""Prints how often a classifier sees the class that was asked for in samples of the packaged model.
+
+    uv run python benchmarks/agreement.py
+
+1,000 class-conditional samples of the packaged Fashion-MNIST model for every solver, 10 model calls each on the
+log-SNR grid, without guidance, judged by the packaged classifier; and the classifier's accuracy on the test images.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evodiff_jax as ed
+from evodiff_jax import models
+from evodiff_jax.data import CLASS_NAMES, load_fashion_mnist
+from evodiff_jax.solvers import SOLVERS
+
+BATCH = 200
+
+
+def main() -> None:
+    """Samples, classifies and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="fashion_mnist", help="packaged model or model file")
+    parser.add_argument("--samples", type=int, default=1000, help="a multiple of 200")
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+
+    model, classifier = models.load(args.model), models.load_classifier("fashion_mnist")
+    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
+    times = ed.grids.log_snr(schedule, args.steps)
+    labels = np.arange(args.samples) % model.num_classes
+    predict = jax.jit(lambda params, x: jnp.argmax(classifier.predict(params, x).logits, -1))
+    print(f"{model.name}, {model.metadata['steps']:,} training steps; {args.samples} samples, {args.steps} calls")
+    try:
+        test = load_fashion_mnist("test")
+    except FileNotFoundError as error:
+        print(f"(no test images: {error})")
+    else:
+        right = [predict(classifier.params, x) for x in np.split(test.images, 50)]
+        print(f"classifier on the test images: {100 * np.mean(np.concatenate(right) == test.labels):.1f} %")
+    print(f"{'':20s}{'all':>6s}" + "".join(f"{name.split('/')[0][:9]:>11s}" for name in CLASS_NAMES))
+    for name, make in SOLVERS.items():
+
+        @jax.jit
+        def sample(params: Any, key: jax.Array, labels: jax.Array, make: Callable[[], ed.Solver] = make) -> jax.Array:
+            x_T = schedule.t_max * jax.random.normal(key, (BATCH, *model.image_shape))
+            return ed.sample(lambda x, t: model.denoise(params, x, t, labels), x_T, times, schedule, make())
+
+        seen = [
+            predict(classifier.params, sample(model.params, jax.random.fold_in(jax.random.key(0), i), part))
+            for i, part in enumerate(labels.reshape(-1, BATCH))
+        ]
+        agrees = np.concatenate(seen) == labels
+        by_class = "".join(f"{100 * agrees[labels == c].mean():11.1f}" for c in range(model.num_classes))
+        print(f"{name:20s}{100 * agrees.mean():6.1f}{by_class}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
