@@ -27,7 +27,9 @@ DIFFERENCES = {
     "  released balance factor": ("balance",),
     "  released weight and scale": ("weight", "gain"),
     "  released zeta above 20 steps": ("zeta",),
-    "evodiff_reference": ("last", "balance", "weight", "gain", "zeta"),
+    "  released probe": ("probe",),
+    "  released first step": ("first",),
+    "evodiff_reference": ("last", "balance", "weight", "gain", "zeta", "probe", "first"),
 }
 
 
@@ -38,6 +40,8 @@ def with_released(parts: tuple[str, ...]) -> ed.Solver:
         mine, released = (_evodiff._table(schedule, times, released=r) for r in (False, True))
         if "last" in parts:
             mine = mine._replace(transition=released.transition, predictor=released.predictor)
+        if "first" in parts:
+            mine = mine._replace(corrector=released.corrector)
         columns = [part for part in parts if part in _evodiff.Step._fields]
         steps = [
             own._replace(**{name: getattr(other, name) for name in columns})
@@ -45,7 +49,8 @@ def with_released(parts: tuple[str, ...]) -> ed.Solver:
         ]
         return mine._replace(rule=_evodiff.Steps(*steps))
 
-    return ed.Solver("variant", table, functools.partial(_evodiff._rule, released="zeta" in parts), channel_axis=-1)
+    rule = functools.partial(_evodiff._rule, released_probe="probe" in parts, released_zeta="zeta" in parts)
+    return ed.Solver("variant", table, rule, channel_axis=-1)
 
 
 def mixture(schedule: ed.NoiseSchedule, centers: np.ndarray, std: float) -> ed.denoisers.Denoiser:

@@ -46,9 +46,7 @@ def main() -> None:
 
     megabytes = x_T.nbytes / 1e6
     print(f"device {jax.devices()[0]}, {os.cpu_count()} CPU cores, jax {jax.__version__}")
-    print(
-        f"state {SHAPE} float32, {megabytes:.2f} MB; {CALLS} calls; medians of {ROUNDS} rounds"
-    )
+    print(f"state {SHAPE} float32, {megabytes:.2f} MB; {CALLS} calls; medians of {ROUNDS} rounds")
     print("solver                ms/call  copy GB/s  11 arrays ms  ratio  temporary states")
     forms = [(name, make()) for name, make in SOLVERS.items()]
     forms.append(("evodiff, per sample", ed.solvers.evodiff(channel_axis=None)))

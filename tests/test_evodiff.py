@@ -173,12 +173,15 @@ def clock_model(x, t):
     return jnp.broadcast_to(jnp.array([0.5, -0.2], x.dtype) / (1 + t), x.shape)
 
 
-def test_first_and_last_steps_are_ddim(x64):
+def test_the_last_step_is_ddim_and_the_first_the_trapezoidal_rule(x64):
     times = ed.grids.log_snr(EDM, 6)
     x_T = initial_state(EDM, (3, 4, 4, 2), jnp.float64)
     _, trace = ed.sample_with_trace(clock_model, x_T, times, EDM)
     for i in range(6):
         step = ed.sample(clock_model, trace.states[i], times[i : i + 2], EDM, ed.solvers.ddim())
+        if i == 0:
+            gain = 1 - times[1] / times[0]
+            step += gain / 2 * (clock_model(x_T, times[1]) - clock_model(x_T, times[0]))
         same = np.allclose(trace.states[i + 1], step, rtol=1e-10, atol=1e-12)
         assert same == (i in (0, 5))
 
@@ -206,6 +209,7 @@ def test_constant_rows_of_the_table_are_consistent(solver, schedule, steps):
     np.testing.assert_allclose(table.transition[:rows] * sigma[:rows], sigma[1 : rows + 1], rtol=1e-12)
     signal = table.transition[:rows] * alpha[:rows] + table.predictor[:rows].sum(1)
     np.testing.assert_allclose(signal, alpha[1 : rows + 1], rtol=1e-12)
+    np.testing.assert_allclose(table.corrector.sum(1), 0, atol=1e-15)
     assert table.predictor[-1].tolist() == [1, 0, 0]
     assert table.transition[-1] == 0
     np.testing.assert_array_equal(table.adaptive.sum(0), [max(steps - 2, 0)] * 2)
