@@ -233,10 +233,11 @@ def test_command_passes_its_arguments_on(tmp_path, monkeypatch, capsys, words, n
 
     def train(config, dataset, out, *, resume, command):
         calls.append((config, len(dataset.labels), out, resume))
-        assert command.startswith("evodiff-jax ")
+        assert command == " ".join(["evodiff-jax", "train", *words])
         return tmp_path / "model.safetensors"
 
     monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr("sys.argv", ["/some/bin/evodiff-jax", "train", *words])
     run_train(parse(*words, "--data", str(tmp_path), "--out", "run", "--seed", "3", "--resume"))
     [(config, size, out, resume)] = calls
     assert (config.network, config.steps, config.batch, config.seed) == (network, steps, batch, 3)
