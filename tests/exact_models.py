@@ -24,8 +24,9 @@ def mixture(schedule: ed.NoiseSchedule, centers: Any = None, std: Any = None) ->
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         c = alpha * jnp.asarray(centers, x.dtype)
         variance = (alpha * std) ** 2 + sigma**2
-        distances = jnp.sum((x[:, None] - c) ** 2, axis=tuple(range(2, c.ndim + 1)))
-        mean = jnp.tensordot(jax.nn.softmax(-distances / (2 * variance)), c, 1)
+        # log-weights -|x - c|^2 / (2 variance) without their common |x|^2, which would cost float32 digits.
+        products = jnp.sum((x[:, None] - c / 2) * c, axis=tuple(range(2, c.ndim + 1)))
+        mean = jnp.tensordot(jax.nn.softmax(products / variance), c, 1, precision="highest")
         return (mean + (alpha * std) ** 2 / variance * (x - mean)) / alpha
 
     return denoise
