@@ -81,6 +81,15 @@ def time_quadratic(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
     return _pinned(schedule, roots**2)
 
 
+# Every grid by name: what the command line offers and the general tests run over.
+GRIDS: dict[str, Grid] = {
+    "log_snr": log_snr,
+    "karras": karras,
+    "time_uniform": time_uniform,
+    "time_quadratic": time_quadratic,
+}
+
+
 def _fractions(num_steps: int) -> np.ndarray:
     if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
         raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")

@@ -31,5 +31,5 @@ def enable_x64() -> Any:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """`dtype`, or float32 for a narrower floating-point one."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+    """float64 for float64, else float32; `jnp.promote_types` would refuse bfloat16 under strict promotion."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

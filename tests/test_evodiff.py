@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evodiff_jax as ed
+from evodiff_jax.grids import GRIDS
 from evodiff_jax.tables import append_denoising
 
-GRIDS = {name: getattr(ed.grids, name) for name in ("log_snr", "karras", "time_uniform", "time_quadratic")}
 EDM = SCHEDULES["edm"]
 BOTH = [ed.solvers.evodiff(), ed.solvers.evodiff_reference()]
 both = pytest.mark.parametrize("solver", BOTH, ids=["evodiff", "evodiff_reference"])

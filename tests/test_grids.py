@@ -5,8 +5,8 @@ import pytest
 from exact_models import SCHEDULES
 
 import evodiff_jax as ed
+from evodiff_jax.grids import GRIDS
 
-GRIDS = {name: getattr(ed.grids, name) for name in ("log_snr", "karras", "time_uniform", "time_quadratic")}
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
 

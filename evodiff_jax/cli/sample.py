@@ -14,20 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax import grids
 from evodiff_jax.cli.output import check_output, make_picture, write_atomically
 from evodiff_jax.data import CLASS_NAMES
 from evodiff_jax.denoisers import classifier_free_guidance
+from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import sample
 from evodiff_jax.schedules import edm
 from evodiff_jax.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from evodiff_jax.models import Model
-
-GRIDS: dict[str, grids.Grid] = {
-    grid.__name__: grid for grid in (grids.log_snr, grids.karras, grids.time_uniform, grids.time_quadratic)
-}
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000

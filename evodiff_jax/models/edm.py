@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
+
+from evodiff_jax.numerics import at_least_float32
 
 Raw = Callable[..., jax.Array]
 """A network F(scaled_x, c_noise, *args): x's shape and c_noise (B,) to x's shape."""
@@ -39,7 +41,7 @@ def coefficients(sigma: ArrayLike, sigma_data: float) -> Coefficients:
         The coefficients, of sigma's shape.
     """
     sigma = jnp.asarray(sigma)
-    sigma = sigma.astype(_wide(sigma.dtype))
+    sigma = sigma.astype(at_least_float32(sigma.dtype))
     norm = jnp.hypot(sigma, jnp.asarray(sigma_data, sigma.dtype))
     return Coefficients(
         c_skip=jnp.square(sigma_data / norm),
@@ -68,7 +70,7 @@ def precondition(raw: Raw, sigma_data: float) -> Raw:
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")
 
     def denoise(x: jax.Array, sigma: ArrayLike, *args: Any) -> jax.Array:
-        wide = _wide(x.dtype)
+        wide = at_least_float32(x.dtype)
         sigma = jnp.asarray(sigma).astype(wide)
         if sigma.shape not in ((), x.shape[:1]):
             raise ValueError(f"sigma must be a scalar or ({x.shape[0]},), got shape {sigma.shape}")
@@ -79,8 +81,3 @@ def precondition(raw: Raw, sigma_data: float) -> Raw:
         return (per_image(c.c_skip) * x_wide + per_image(c.c_out) * f).astype(x.dtype)
 
     return denoise
-
-
-def _wide(dtype: DTypeLike) -> DTypeLike:
-    """Returns the type to compute in; jnp.promote_types would refuse bfloat16 under strict promotion."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
