@@ -1,28 +1,25 @@
-"""`sample`: a solver's table scanned over the times of a run, and the same with a trace."""
+"""`sample`: a solver's table scanned over the times of a run; the same with a trace, or for a plan made beforehand."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax import tables
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.gram import Gram
-from evodiff_jax.numerics import at_least_float32
+from evodiff_jax.plans import plan as make_plan
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers._evodiff import evodiff
-from evodiff_jax.tables import Solver, Table
+from evodiff_jax.tables import Plan, Solver, Table
 
 
 class Trace(NamedTuple):
     """What a run did.
 
     Attributes:
-      times: (N + 1,), the times of the run.
-      states: (N + 1, B, ...), the (corrected) state at every time, before any denoising to zero.
+      times: (N + 1,), the time of every model call, for most solvers the times of the run, and the last time.
+      states: (N + 1, B, ...), the (corrected) state at every one of them, before any denoising to zero.
       coefficients: the rule's coefficients by name, for EVODiff "zeta" and "eta", per step that corrects, sample and
         (where separate) channel: (N - 2, B, C) for EVODiff, whose first and last steps have none. Empty for solvers
         without a rule.
@@ -54,7 +51,7 @@ def sample(
     denoise_to_zero: bool = False,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Samples from a diffusion or flow model with exactly N model calls for N + 1 times.
+    """Samples from a diffusion or flow model, with one model call a step for most solvers: N for N + 1 times.
 
     A pure function, to be called inside your own `jax.jit`; it can be vmapped and differentiated too. The model is
     traced once and stands once in the compiled program, whatever the solver and the number of steps.
@@ -91,9 +88,8 @@ def sample(
       >>> x.shape, x.dtype.name
       ((64, 32, 32, 3), 'float32')
     """
-    x_T, table, solver = _prepare(x_T, times, schedule, solver, denoise_to_zero, key)
-    (carry, _), _ = _scan(denoise, x_T, table, solver, key, traced=False)
-    return carry.x
+    x_T, prepared = _prepare(x_T, make_plan(schedule, times, solver, denoise_to_zero), key)
+    return _scan(denoise, x_T, prepared, key, traced=False)[0].x
 
 
 def sample_with_trace(
@@ -123,82 +119,69 @@ def sample_with_trace(
       TypeError: as `sample`.
       ValueError: as `sample`.
     """
-    x_T, table, solver = _prepare(x_T, times, schedule, solver, denoise_to_zero, key)
-    (carry, _), (states, coefficients, gram) = _scan(denoise, x_T, table, solver, key, traced=True)
-    # A denoising row already recorded the state at the last time.
-    states = states if denoise_to_zero else jnp.concatenate([states, carry.x[None]])
+    x_T, prepared = _prepare(x_T, make_plan(schedule, times, solver, denoise_to_zero), key)
+    carry, (states, coefficients, gram) = _scan(denoise, x_T, prepared, key, traced=True)
+    called = prepared.table.time
+    if not denoise_to_zero:  # a denoising row already recorded the state at the last time
+        states = jnp.concatenate([states, carry.x[None]])
+        called = jnp.concatenate([called, jnp.asarray(times, called.dtype)[-1:]])
     coefficients, gram = jax.tree.map(lambda a: a[2 : states.shape[0] - 1], (coefficients, gram))
-    return carry.x, Trace(jnp.asarray(times, table.time.dtype), states, coefficients, gram)
+    return carry.x, Trace(called, states, coefficients, gram)
 
 
-def _prepare(
-    x_T: ArrayLike,
-    times: ArrayLike,
-    schedule: NoiseSchedule,
-    solver: Solver | None,
-    denoise_to_zero: bool,
-    key: Any,
-) -> tuple[jax.Array, Table, Solver]:
-    """The checked initial state, the table in the state's scalar dtype and the solver."""
-    x_T = jnp.asarray(x_T)
-    if not jnp.issubdtype(x_T.dtype, jnp.floating):
-        raise TypeError(f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')")
-    if x_T.ndim < 1:
-        raise ValueError("x_T must have a batch axis in front, got a scalar")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
-    solver = evodiff() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, for example solvers.evodiff(), called, got {solver!r}")
-    checked_times = check_times(times, schedule)
-    table = solver.table(schedule, checked_times)
-    if table.noise is not None and key is None:
-        raise ValueError(f"the solver {solver.name} is stochastic: pass key, for example jax.random.key(0)")
-    if denoise_to_zero:
-        table = tables.append_denoising(table, checked_times[-1])
-    dtype = at_least_float32(x_T.dtype)
-    return x_T, jax.tree.map(lambda column: jnp.asarray(column, dtype), table), solver
+def sample_plan(denoise: Denoiser, x_T: ArrayLike, plan: Plan, key: jax.Array | None = None) -> jax.Array:
+    """`sample` for a run laid out beforehand, whose number of steps is a run-time value.
 
+    A `lax.while_loop` over the plan's rows: jitted with the plan as an argument it is compiled once for all plans
+    padded to the same `max_calls`, whatever their number of steps, times and (for solvers without a rule and of the
+    same memory) solver. A vmap over `plans.stack` runs several solvers in one call. Without reverse-mode derivatives,
+    which a loop of unknown length has not.
 
-def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
-    """The times of a run: float64 NumPy when they are concrete, and then checked; else as they are.
+    Args:
+      denoise: as for `sample`.
+      x_T: as for `sample`.
+      plan: from `plans.plan`.
+      key: as for `sample`.
+
+    Returns:
+      The sample, of the shape and dtype of x_T, equal to that of `sample` to round-off.
 
     Raises:
-      ValueError: when they are not one-dimensional, fewer than two, not finite, not strictly decreasing, or outside
-        the schedule.
+      TypeError: as `sample`, or when `plan` is not a `Plan`.
+      ValueError: as `sample`.
+
+    Example:
+      >>> import jax, evodiff_jax as ed
+      >>> schedule = ed.schedules.edm()
+      >>> run = jax.jit(lambda x_T, plan: ed.sample_plan(lambda x, t: x / (1 + t**2), x_T, plan))
+      >>> x_T = schedule.t_max * jax.random.normal(jax.random.key(0), (4, 8))
+      >>> for steps in (5, 10):
+      ...     x = run(x_T, ed.plan(schedule, ed.grids.log_snr(schedule, steps), max_calls=20))
+      >>> run._cache_size()
+      1
     """
-    shape: tuple[int, ...] = np.shape(times)  # pyright: ignore[reportAssignmentType]
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"times must be N + 1 >= 2 times in one dimension, got shape {shape}")
-    if isinstance(times, Tracer):
-        return times
-    concrete = np.asarray(times, np.float64)
-    if not np.isfinite(concrete).all():
-        raise ValueError("times must be finite")
-    increases = np.flatnonzero(np.diff(concrete) >= 0)
-    if increases.size:
-        i = increases[0]
-        raise ValueError(
-            f"times must be strictly decreasing, from noise to data, got times[{i}] = {concrete[i]} "
-            f"and times[{i + 1}] = {concrete[i + 1]}"
-        )
-    slack = 1e-6 * (schedule.t_max - schedule.t_min)  # float32 times of a float64 grid
-    if concrete[0] > schedule.t_max + slack or concrete[-1] < schedule.t_min - slack:
-        raise ValueError(
-            f"times must lie within the schedule's {schedule.t_min} to {schedule.t_max}, "
-            f"got {concrete[-1]} to {concrete[0]}"
-        )
-    return concrete
+    x_T, prepared = _prepare(x_T, plan, key)
+
+    def body(carry: tables.Carry) -> tables.Carry:
+        row = tables.row_at(prepared.table, carry.row)
+        return tables.advance(prepared, carry, row, tables.call_model(denoise, carry.x, row.time))[0]
+
+    start = tables.start(x_T, prepared, key)
+    return jax.lax.while_loop(lambda carry: carry.row < prepared.calls, body, start).x
 
 
-def _scan(denoise: Denoiser, x_T: jax.Array, table: Table, solver: Solver, key: jax.Array | None, traced: bool) -> Any:
-    def step(state: tuple[tables.Carry, Any], row: Table) -> tuple[tuple[tables.Carry, Any], Any]:
-        carry, key = state
-        noise = None
-        if row.noise is not None:
-            key, draw = jax.random.split(key)
-            noise = jax.random.normal(draw, x_T.shape, at_least_float32(x_T.dtype))
-        carry, corrected, coefficients = tables.apply_row(denoise, solver, carry, row, noise)
-        return (carry, key), (corrected, coefficients, carry.gram) if traced else None
+def _prepare(x_T: ArrayLike, plan: Plan, key: Any) -> tuple[jax.Array, Plan]:
+    """The checked initial state, and the plan with its table in the state's scalar dtype."""
+    x_T = tables.check_state(x_T)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times), got {plan!r}")
+    return x_T, tables.for_state(plan, x_T, key)
 
-    return jax.lax.scan(step, (tables.start(x_T, table, solver), key), table)
+
+def _scan(denoise: Denoiser, x_T: jax.Array, plan: Plan, key: jax.Array | None, traced: bool) -> Any:
+    def step(carry: tables.Carry, row: Table) -> tuple[tables.Carry, Any]:
+        m = tables.call_model(denoise, carry.x, row.time)
+        carry, corrected, coefficients = tables.advance(plan, carry, row, m)
+        return carry, (corrected, coefficients, carry.gram) if traced else None
+
+    return jax.lax.scan(step, tables.start(x_T, plan, key), plan.table)

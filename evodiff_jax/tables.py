@@ -13,17 +13,20 @@ H_1, ..., H_K of the calls before, newest first:
     row    t       c       d_0 ... d_K   b_0 ... b_K   keep_x, keep_m      nu
 
 No second state is carried: a corrector differs from the predictor before it only by outputs that are still in the
-history, so it is written as a change of the probe. Coefficients that depend on the sample (EVODiff's) come from the
-Gram of the newest 1 + K outputs through the solver's rule, evaluated per sample (and channel), and are added to the
-row's constant ones. Rows are scanned, so the network stands once in the compiled program whatever the table.
+history, so it is written as a change of the probe, and so is a second stage that starts from its step's first state.
+Coefficients that depend on the sample (EVODiff's) come from the Gram of the newest 1 + K outputs through the solver's
+rule, evaluated per sample (and channel), and are added to the row's constant ones. Rows are scanned, so the network
+stands once in the compiled program whatever the table.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from evodiff_jax import gram as grams
 from evodiff_jax.denoisers import Denoiser
@@ -35,6 +38,9 @@ from evodiff_jax.schedules import NoiseSchedule
 class Table(NamedTuple):
     """The coefficients of a run of R model calls with K remembered outputs: a pytree whose leaves have R rows.
 
+    Coefficients may have further axes that broadcast against one sample of the state, for solvers whose coefficients
+    differ from coordinate to coordinate: transition (R, ...), predictor (R, K + 1, ...) and so on.
+
     Attributes:
       time: (R,), the time of each model call.
       transition: (R,), the coefficient of the corrected state in the next probe.
@@ -44,6 +50,7 @@ class Table(NamedTuple):
       noise: (R,), the standard deviation of the noise in the next probe, or None for a deterministic solver.
       adaptive: (R, 2), 1 where the rule's corrector and predictor are added and 0 where not, or None without a rule.
       rule: a pytree of (R,) scalars that the solver's rule reads, or None without one.
+      offset: (R, ...), what is added to the next probe, broadcast against one sample of the state, or None.
     """
 
     time: Any
@@ -54,6 +61,7 @@ class Table(NamedTuple):
     noise: Any = None
     adaptive: Any = None
     rule: Any = None
+    offset: Any = None
 
 
 class Coefficients(NamedTuple):
@@ -87,6 +95,26 @@ class Solver(NamedTuple):
     channel_axis: int | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run laid out: a table, how many of its rows are to be applied, and the rule that completes it.
+
+    A pytree, so that it can be an argument of a jitted function, be vmapped over, or be part of a loop's state.
+
+    Attributes:
+      table: the coefficients, with any number of spare rows at the end.
+      calls: the number of rows that are applied, an integer scalar.
+      rule: the solver's rule, static.
+      channel_axis: the solver's channel axis, static.
+    """
+
+    table: Table
+    calls: Any
+    rule: Callable[[Any, Gram], Coefficients] | None = dataclasses.field(default=None, metadata={"static": True})
+    channel_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
 class Carry(NamedTuple):
     """What a row hands to the next.
 
@@ -96,57 +124,56 @@ class Carry(NamedTuple):
         i mod (K + 1). None where K = 0.
       gram: the Gram of the outputs, newest first, for solvers with a rule, else None.
       row: the number of rows applied.
+      key: the random key of the rows to come, or None.
     """
 
     x: jax.Array
     outputs: jax.Array | None
     gram: Gram | None
     row: jax.Array
+    key: jax.Array | None
 
 
-def start(x: jax.Array, table: Table, solver: Solver) -> Carry:
+def start(x: jax.Array, plan: Plan, key: jax.Array | None) -> Carry:
     """The carry before the first row, from the initial state `x`."""
-    slots = table.predictor.shape[-1]
+    slots = plan.table.predictor.shape[1]
     outputs = None if slots == 1 else jnp.zeros((slots, *x.shape), x.dtype)
     gram = None
-    if solver.rule is not None:
-        axes = grams.reduced_axes(x.shape, solver.channel_axis)
+    if plan.rule is not None:
+        axes = grams.reduced_axes(x.shape, plan.channel_axis)
         kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
         gram = grams.initial(kept, slots - 1, at_least_float32(x.dtype))
-    return Carry(x, outputs, gram, jnp.zeros((), jnp.int32))
+    return Carry(x, outputs, gram, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
 
 
-def apply_row(
-    denoise: Denoiser, solver: Solver, carry: Carry, row: Table, noise: jax.Array | None = None
-) -> tuple[Carry, jax.Array, dict[str, jax.Array]]:
-    """Applies one row: calls the model, corrects the state at the row's time, predicts the next.
+def advance(plan: Plan, carry: Carry, row: Table, m: jax.Array) -> tuple[Carry, jax.Array, dict[str, jax.Array]]:
+    """Applies one row: corrects the state at the row's time by what the model call there showed, predicts the next.
 
     Args:
-      denoise: denoise(x, t) -> x_0.
-      solver: the solver the table belongs to.
+      plan: the plan the row belongs to.
       carry: from `start` or the row before.
-      row: one row of the table, in the state's scalar dtype.
-      noise: standard normal, of the state's shape, for a table with noise.
+      row: one row of the plan's table, in the state's scalar dtype.
+      m: the data prediction at (carry.x, row.time), of the state's shape and dtype.
 
     Returns:
       The next carry, the corrected state at the row's time, and the rule's trace.
     """
-    x, outputs, gram, number = carry
-    y = call_model(denoise, x, row.time)
+    x, outputs, gram, number, key = carry
+    y = m
     if row.history is not None:
         keep_x, keep_m = row.history
-        y = _combine(x.dtype, (keep_x, keep_m), (x, y))
-    slots = row.predictor.shape[-1]
+        y = _combine(x.dtype, (keep_x, keep_m), (x, m))
+    slots = row.predictor.shape[0]
     # ages[s] is the age of the output in slot s once y, of age 0, is written; the permutation is its own inverse.
     ages = (number - jnp.arange(slots)) % slots
     outputs = y[None] if outputs is None else jax.lax.dynamic_update_index_in_dim(outputs, y, number % slots, 0)
 
     predictor, corrector = _column(row.predictor, x.ndim), _column(row.corrector, x.ndim)
     trace: dict[str, jax.Array] = {}
-    if solver.rule is not None and gram is not None:
-        axes = grams.reduced_axes(x.shape, solver.channel_axis)
+    if plan.rule is not None and gram is not None:
+        axes = grams.reduced_axes(x.shape, plan.channel_axis)
         gram = grams.push(gram, y, outputs, ages, axes)
-        adaptive = _over_samples(solver.rule, gram.norms[0].ndim)(row.rule, gram)
+        adaptive = _over_samples(plan.rule, gram.norms[0].ndim)(row.rule, gram)
         trace = adaptive.trace
         corrects, predicts = row.adaptive
         predictor = predictor + predicts * jnp.expand_dims(jnp.stack(adaptive.predictor), [a + 1 for a in axes])
@@ -154,10 +181,15 @@ def apply_row(
     corrected = _combine(x.dtype, (None, *corrector[ages]), (x, *outputs))
     # The next probe straight from x, so that the corrected state is computed only where a trace asks for it.
     following = row.transition * corrector + predictor
-    next_x = _combine(x.dtype, (row.transition, *following[ages]), (x, *outputs))
-    if row.noise is not None and noise is not None:
-        next_x = _combine(x.dtype, (None, row.noise), (next_x, noise))
-    return Carry(next_x, None if slots == 1 else outputs, gram, number + 1), corrected, trace
+    terms, arrays = (row.transition, *following[ages]), (x, *outputs)
+    if row.offset is not None:
+        terms, arrays = (*terms, 1.0), (*arrays, row.offset)
+    if row.noise is not None and key is not None:
+        key, draw = jax.random.split(key)
+        noise = jax.random.normal(draw, x.shape, at_least_float32(x.dtype))
+        terms, arrays = (*terms, row.noise), (*arrays, noise)
+    next_x = _combine(x.dtype, terms, arrays)
+    return Carry(next_x, None if slots == 1 else outputs, gram, number + 1, key), corrected, trace
 
 
 def call_model(denoise: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -167,13 +199,58 @@ def call_model(denoise: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
       TypeError: while tracing, when the denoiser does not return a floating-point array.
       ValueError: while tracing, when it returns another shape.
     """
-    m = denoise(x, t)
+    return check_prediction(denoise(x, t), x)
+
+
+def check_prediction(m: Any, x: jax.Array) -> jax.Array:
+    """The data prediction `m` for the state `x`, in its dtype.
+
+    Raises:
+      TypeError: when it is not a floating-point array.
+      ValueError: when it has another shape.
+    """
     if not isinstance(m, jax.Array | np.ndarray) or not jnp.issubdtype(m.dtype, jnp.floating):
         got = f"an array of {m.dtype}" if hasattr(m, "dtype") else type(m).__name__
         raise TypeError(f"denoise(x, t) must return a floating-point array like x, it returned {got}")
     if m.shape != x.shape:
         raise ValueError(f"denoise(x, t) must return the shape of x, {x.shape}, it returned {m.shape}")
     return jnp.asarray(m, x.dtype)
+
+
+def check_state(x_T: ArrayLike) -> jax.Array:
+    """The initial state as an array.
+
+    Raises:
+      TypeError: when it is not floating-point.
+      ValueError: when it has no batch axis.
+    """
+    x_T = jnp.asarray(x_T)
+    if not jnp.issubdtype(x_T.dtype, jnp.floating):
+        raise TypeError(f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')")
+    if x_T.ndim < 1:
+        raise ValueError("x_T must have a batch axis in front, got a scalar")
+    return x_T
+
+
+def for_state(plan: Plan, x_T: jax.Array, key: jax.Array | None) -> Plan:
+    """The plan with its table in the state's scalar dtype.
+
+    Raises:
+      ValueError: when the plan needs a key and there is none, or its coefficients are for states of another shape.
+    """
+    table = plan.table
+    if table.noise is not None and key is None:
+        raise ValueError("this solver is stochastic: pass key, for example jax.random.key(0)")
+    coordinates = table.predictor.shape[2:]
+    if len(coordinates) > x_T.ndim - 1 or np.broadcast_shapes(coordinates, x_T.shape[1:]) != x_T.shape[1:]:
+        raise ValueError(f"the solver's coefficients are for samples of shape {coordinates}, got x_T {x_T.shape}")
+    dtype = at_least_float32(x_T.dtype)
+    return dataclasses.replace(plan, table=jax.tree.map(lambda column: jnp.asarray(column, dtype), table))
+
+
+def row_at(table: Table, index: Any) -> Table:
+    """One row of a table, for a traced index."""
+    return jax.tree.map(lambda column: jax.lax.dynamic_index_in_dim(column, index, keepdims=False), table)
 
 
 def append_denoising(table: Table, t: Any) -> Table:
@@ -183,8 +260,9 @@ def append_denoising(table: Table, t: Any) -> Table:
     def add(column: Any, value: Any) -> Any:
         return None if column is None else xp.concatenate([column, xp.broadcast_to(value, column[-1:].shape)])
 
-    first = np.zeros(table.predictor.shape[-1])
+    first = np.zeros(table.predictor.shape[1])
     first[0] = 1
+    first = first.reshape(-1, *(1,) * (table.predictor.ndim - 2))
     return Table(
         time=add(table.time, t),
         transition=add(table.transition, 0.0),
@@ -194,6 +272,7 @@ def append_denoising(table: Table, t: Any) -> Table:
         noise=add(table.noise, 0.0),
         adaptive=add(table.adaptive, 0.0),
         rule=jax.tree.map(lambda column: add(column, column[-1]), table.rule),
+        offset=add(table.offset, 0.0),
     )
 
 
@@ -205,7 +284,9 @@ def _combine(dtype: Any, coefficients: tuple[Any, ...], arrays: tuple[jax.Array,
 
 
 def _column(coefficients: jax.Array, ndim: int) -> jax.Array:
-    return coefficients.reshape(-1, *(1,) * ndim)
+    """(K + 1, ...) with axes of size 1 put in, so that it broadcasts against K + 1 states of `ndim` axes."""
+    count, *per_coordinate = coefficients.shape
+    return coefficients.reshape(count, *(1,) * (ndim - len(per_coordinate)), *per_coordinate)
 
 
 def _over_samples(rule: Callable[[Any, Gram], Coefficients], ndim: int) -> Callable[[Any, Gram], Coefficients]:

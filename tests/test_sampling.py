@@ -257,7 +257,7 @@ TIMES = ed.grids.log_snr(EDM, 4)
         ({"times": np.array([3.0, np.nan])}, ValueError, "finite"),
         ({"times": np.array([81.0, 1.0])}, ValueError, "within the schedule's 0.002 to 80.0"),
         ({"times": np.array([80.0, 0.0])}, ValueError, "within the schedule's"),
-        ({"solver": ed.solvers.ddim(eta=1.0)}, ValueError, "ddim is stochastic: pass key"),
+        ({"solver": ed.solvers.ddim(eta=1.0)}, ValueError, "stochastic: pass key"),
         ({"solver": ed.solvers.evodiff}, TypeError, "solver must be a Solver"),
         ({"solver": "evodiff"}, TypeError, "solver must be a Solver"),
         ({"schedule": ed.schedules.edm}, TypeError, "schedule must be a NoiseSchedule"),
