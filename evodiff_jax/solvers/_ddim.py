@@ -1,4 +1,4 @@
-"""Linear solvers of one model call a step, whose coefficients depend on the schedule and the times alone."""
+"""DDIM, deterministic and ancestral, under the names it goes by."""
 
 import functools
 from typing import Any
@@ -49,3 +49,29 @@ def _ddim_table(schedule: NoiseSchedule, times: Any, eta: float) -> Table:
         corrector=np.zeros((times.shape[0] - 1, 1)),
         noise=sigma[1:] * xp.sqrt(-forgotten) if eta > 0 else None,
     )
+
+
+def euler() -> Solver:
+    """Euler's method for the probability-flow ODE in sigma / alpha, which is `ddim()`; NFE: N for N steps.
+
+    References:
+      Karras, Aittala, Aila, Laine, arXiv 2206.00364, Eq. 4, without the second-order correction of algorithm 1.
+    """
+    return ddim()
+
+
+def euler_ancestral(eta: float = 1.0) -> Solver:
+    """Euler's method down to a lower noise level and noise up to the next, which is `ddim(eta)`; NFE: N for N steps.
+
+    sigma_up = eta sigma_t sqrt(1 - sigma_t^2 / sigma_0^2) and sigma_down^2 = sigma_t^2 - sigma_up^2, in units of alpha.
+
+    Args:
+      eta: 1 for ancestral sampling, less for less noise.
+
+    Raises:
+      ValueError: unless 0 <= eta <= 1.
+
+    References:
+      Song et al., arXiv 2011.13456, appendix F (ancestral sampling); the name is k-diffusion's.
+    """
+    return ddim(eta)

@@ -1,0 +1,160 @@
+"""Adams-Bashforth methods for the noise prediction: DEIS and iPNDM.
+
+In kappa = sigma / alpha the probability-flow ODE is d(x / alpha) = eps dkappa, so that x_1 = (alpha_1 / alpha_0) x_0 +
+alpha_1 integral eps dkappa; the solvers replace eps by a polynomial through its last values, in kappa or in t.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from evodiff_jax.numerics import namespace
+from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax.tables import Solver, Table
+
+_GAUSS_POINTS = 32  # e^-lambda times a polynomial in t(lambda) over one step, to round-off
+
+
+@functools.cache
+def deis(
+    order: int = 2, variant: str = "rho-AB", lower_order_final: bool = False, euler_at_final: bool = False
+) -> Solver:
+    """DEIS: the noise prediction extrapolated by a polynomial in kappa (rho-AB) or in time (t-AB).
+
+    Args:
+      order: the degree of the polynomial, 1, 2 or 3, as in the paper: it goes through order + 1 outputs and the
+        solver's order of convergence is order + 1. Degree 0 is `ddim()`.
+      variant: "rho-AB" or "t-AB"; they coincide for EDM, where kappa = t.
+      lower_order_final: step i of N uses at most N + 1 - i outputs. The releases don't.
+      euler_at_final: the last step alone is of first order (degree 0).
+
+    Returns:
+      The solver. NFE: N for N steps.
+
+    Raises:
+      ValueError: for another order or variant.
+
+    References:
+      Zhang, Chen, "Fast Sampling of Diffusion Models with Exponential Integrator", arXiv 2204.13902, sections 3.2 (tAB)
+      and 3.3 (rhoAB).
+    """
+    quadrature.check_order("deis", order, 3)
+    quadrature.check_choice("deis", "variant", variant, ("rho-AB", "t-AB"))
+    return _solver("deis", order + 1, variant, lower_order_final, euler_at_final)
+
+
+@functools.cache
+def ipndm(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
+    """Adams-Bashforth with the coefficients of equal steps, whatever the steps: iPNDM.
+
+    Its order of convergence is `order` on grids equally spaced in kappa, and 2 at most on others whose steps change
+    smoothly.
+
+    Args:
+      order: the number of outputs used, 1 (`ddim()`) to 4. The first steps use those there are.
+      lower_order_final: step i of N uses at most N + 1 - i outputs.
+      euler_at_final: the last step alone is of first order.
+
+    Returns:
+      The solver. NFE: N for N steps.
+
+    Raises:
+      ValueError: for another order.
+
+    References:
+      Zhang, Chen, arXiv 2204.13902, section 4 and appendix; Liu, Ren, Lin, Zhao, "PNDM", arXiv 2202.09778, Eq. 12.
+    """
+    quadrature.check_order("ipndm", order, 4)
+    return _solver("ipndm", order, "equal", lower_order_final, euler_at_final)
+
+
+@functools.cache
+def ipndm_v(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
+    """A form of iPNDM for unequal steps, as released.
+
+    Adams-Bashforth for unequal steps is `deis(order - 1)`, and so is this for order 2. A quirk of the release: a
+    misplaced bracket makes the weight of the second difference (1 - a b) / 2 where Adams-Bashforth has (1 - a) b / 2,
+    a = h / (3 (h + h_1)), b = h (h + h_1) / (h_1 (h_1 + h_2)) with the last steps h, h_1, h_2. The two agree for equal
+    steps only: on grids whose steps change smoothly, orders 3 and 4 both converge with order 3. `deis` has the exact
+    weights.
+
+    Args:
+      order: the number of outputs used, 1 (`ddim()`) to 4. The first steps use those there are.
+      lower_order_final: step i of N uses at most N + 1 - i outputs.
+      euler_at_final: the last step alone is of first order.
+
+    Returns:
+      The solver. NFE: N for N steps.
+
+    Raises:
+      ValueError: for another order.
+
+    References:
+      Zhou, Chen, Wang, Chen, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps", arXiv 2312.00094, whose
+      public code has it.
+    """
+    quadrature.check_order("ipndm_v", order, 4)
+    return _solver("ipndm_v", order, "released", lower_order_final, euler_at_final)
+
+
+def _solver(name: str, points: int, clock: str, lower_order_final: bool, euler_at_final: bool) -> Solver:
+    table = functools.partial(
+        _table, points=points, clock=clock, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+    )
+    return Solver(name, table)
+
+
+def _table(
+    schedule: NoiseSchedule, times: Any, points: int, clock: str, lower_order_final: bool, euler_at_final: bool
+) -> Table:
+    levels = schedule.levels(times)
+    steps = quadrature.noise_steps(*quadrature.ends(levels))
+    orders = quadrature.multistep_orders(times, points, lower_order_final, euler_at_final, levels.sigma[-1])
+    kappa = levels.sigma / levels.alpha
+    moments: list[Any] = quadrature.uniform_moments(points)
+    if clock == "t-AB":
+        nodes, moments = quadrature.past_nodes(times, points), _moments_in_time(schedule, times, points)
+    elif clock == "equal":
+        nodes = [-float(age) for age in range(points)]
+    else:
+        nodes = quadrature.past_nodes(kappa, points)
+    choices = [quadrature.weights(nodes[:k], moments) for k in range(1, points + 1)]
+    if clock == "released":
+        choices[2:] = _released_weights(nodes, points)
+    return quadrature.multistep_table(times, steps, quadrature.by_order(orders, choices, points))
+
+
+def _moments_in_time(schedule: NoiseSchedule, times: Any, count: int) -> list[Any]:
+    """The moments of dkappa, as a density over the position of the time in the step."""
+    xp = namespace(times)
+    lambda_ = quadrature.finite(schedule.levels(times).lambda_)
+    points, gauss = np.polynomial.legendre.leggauss(_GAUSS_POINTS)
+    inside = lambda_[:-1, None] + (lambda_[1:] - lambda_[:-1])[:, None] * (points + 1) / 2
+    position = (quadrature.time_at(schedule, inside) - times[:-1, None]) / (times[1:] - times[:-1])[:, None]
+    density = gauss * xp.exp(lambda_[:-1, None] - inside)
+    density = density / xp.sum(density, axis=1, keepdims=True)
+    return [xp.sum(density * position**k, axis=1) for k in range(count)]
+
+
+def _released_weights(nodes: list[Any], points: int) -> list[list[Any]]:
+    """The weights of `ipndm_v` for three and four outputs."""
+    if points < 3:
+        return []
+    # The lengths of the steps before this one, in units of it, and the quotients of the divided differences.
+    h_1, h_2 = -nodes[1], nodes[1] - nodes[2]
+    second = (1 - 1 / (3 * (1 + h_1)) * (1 + h_1) / (h_1 * (h_1 + h_2))) / 2
+    q = h_1 / h_2
+    three = [1 + 1 / (2 * h_1) + second, -1 / (2 * h_1) - (1 + q) * second, q * second]
+    if points == 3:
+        return [three]
+    h_3 = nodes[2] - nodes[3]
+    third = (
+        ((1 - 1 / (3 * (1 + h_1))) / 2 + (1 - 1 / (2 * (1 + h_1))) / (6 * (1 + h_1 + h_2)))
+        * ((1 + h_1) * (1 + h_1 + h_2))
+        / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
+    )
+    s = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
+    differences = [third, -(1 + q + s) * third, (q + s * (1 + h_2 / h_3)) * third, -s * q * third]
+    return [three, [a + b for a, b in zip([*three, 0.0], differences, strict=True)]]

@@ -1,0 +1,141 @@
+"""Observed orders of convergence, against the probability-flow ODE solved by an adaptive eighth-order method."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact_models import mixture
+from scipy.integrate import solve_ivp
+
+import evodiff_jax as ed
+from evodiff_jax.solvers import SOLVERS
+
+s = ed.solvers
+
+CENTERS, STD = np.array([[1.0, 0.3], [-0.7, 0.8], [0.2, -1.1]]), 0.8
+# At both ends the data prediction hardly changes with the noise level, so that the first steps, which have few outputs,
+# and the last ones, whose order is lowered, don't hide a solver's order.
+SCHEDULE = ed.schedules.edm(1e-3, 1e3)
+STEPS = (160, 320, 640, 1280)
+
+# Each solver with its nominal order on grids whose steps change smoothly.
+NOMINAL = {
+    "ddim()": (s.ddim(), 1),
+    "dpm_solver(1)": (s.dpm_solver(1), 1),
+    "dpm_solver(2)": (s.dpm_solver(2), 2),
+    "dpm_solver(3), as released": (s.dpm_solver(3), 2),
+    "dpm_solver(3, exact_curvature=True)": (s.dpm_solver(3, exact_curvature=True), 3),
+    "dpm_solver(2, 'singlestep')": (s.dpm_solver(2, "singlestep"), 2),
+    "dpm_solver(3, 'singlestep')": (s.dpm_solver(3, "singlestep"), 3),
+    "dpm_solver_pp(1)": (s.dpm_solver_pp(1), 1),
+    "dpm_solver_pp(2)": (s.dpm_solver_pp(2), 2),
+    "dpm_solver_pp(3), as released": (s.dpm_solver_pp(3), 2),
+    "dpm_solver_pp(3, exact_curvature=True)": (s.dpm_solver_pp(3, exact_curvature=True), 3),
+    "dpm_solver_pp(2, 'singlestep')": (s.dpm_solver_pp(2, "singlestep"), 2),
+    "dpm_solver_pp(3, 'singlestep')": (s.dpm_solver_pp(3, "singlestep"), 3),
+    **{
+        f"unipc({order}, {variant!r}, {prediction!r})": (s.unipc(order, variant, prediction), order + 1)
+        for order in (1, 2, 3)
+        for variant in ("bh1", "bh2")
+        for prediction in ("data", "epsilon")
+    },
+    **{
+        f"deis({order}, {variant!r})": (s.deis(order, variant), order + 1)
+        for order in (1, 2, 3)
+        for variant in ("rho-AB", "t-AB")
+    },
+    **{f"ipndm({order}), unequal steps": (s.ipndm(order), min(order, 2)) for order in (1, 2, 3, 4)},
+    **{f"ipndm_v({order})": (s.ipndm_v(order), min(order, 3)) for order in (1, 2, 3, 4)},
+    "heun()": (s.heun(), 2),
+    "dpm_2()": (s.dpm_2(), 2),
+    "sa_solver(2, 0, tau=0)": (s.sa_solver(2, 0, 0.0), 2),
+    "sa_solver(3, 0, tau=0)": (s.sa_solver(3, 0, 0.0), 3),
+    "sa_solver(1, 2, tau=0)": (s.sa_solver(1, 2, 0.0), 2),
+    "sa_solver(2, 3, tau=0)": (s.sa_solver(2, 3, 0.0), 3),
+    "sa_solver(3, 4, tau=0)": (s.sa_solver(3, 4, 0.0), 4),
+}
+
+
+def initial_state(schedule):
+    return jnp.asarray(schedule.sigma(schedule.t_max) * np.random.default_rng(0).normal(size=(16, 2)))
+
+
+def exact(schedule, x_T):
+    """The solution of d(x / alpha) / dlog(kappa) = x / alpha - m, kappa = sigma / alpha, by SciPy's DOP853."""
+    denoise = jax.jit(mixture(schedule, CENTERS, STD))
+    (alpha_0, alpha_1), _, (lambda_0, lambda_1) = schedule.levels(np.array([schedule.t_max, schedule.t_min]))
+
+    def derivative(log_kappa, u):
+        u, t = u.reshape(x_T.shape), schedule.time(np.float64(-log_kappa))
+        return np.asarray(u - denoise(schedule.alpha(t) * u, t)).ravel()
+
+    start = np.asarray(x_T).ravel() / alpha_0
+    solution = solve_ivp(derivative, (-lambda_0, -lambda_1), start, method="DOP853", rtol=1e-12, atol=1e-13)
+    return alpha_1 * solution.y[:, -1].reshape(x_T.shape)
+
+
+def errors(solvers, schedule, grid, steps):
+    """(solvers, steps) root mean square errors; all runs in one compiled call."""
+    x_T = initial_state(schedule)
+    denoise = mixture(schedule, CENTERS, STD)
+    plans = [ed.plan(schedule, grid(schedule, n), solver) for solver in solvers for n in steps]
+    x = jax.jit(jax.vmap(lambda plan: ed.sample_plan(denoise, x_T, plan)))(ed.plans.stack(plans))
+    error = np.sqrt(np.mean((x - exact(schedule, x_T)) ** 2, axis=(1, 2)))
+    return error.reshape(len(solvers), len(steps))
+
+
+def show(capsys, title, rows):
+    with capsys.disabled():
+        print(f"\n{title}: nominal order, observed orders, errors")
+        for name, nominal, error in rows:
+            observed = " ".join(f"{order:.2f}" for order in np.log2(error[:-1] / error[1:]))
+            print(f"  {name:40s} {nominal}  {observed}  {' '.join(f'{e:.1e}' for e in error)}")
+
+
+def test_every_deterministic_solver_has_its_nominal_order(x64, capsys):
+    found = errors([solver for solver, _ in NOMINAL.values()], SCHEDULE, ed.grids.log_snr, STEPS)
+    rows = [(name, order, error) for (name, (_, order)), error in zip(NOMINAL.items(), found, strict=True)]
+    show(capsys, f"log-SNR grid, {STEPS} steps", rows)
+    for name, order, error in rows:
+        assert np.log2(error[-2] / error[-1]) == pytest.approx(order, abs=0.25), name
+
+
+def test_ipndm_has_its_order_on_equal_steps(x64, capsys):
+    schedule, steps = ed.schedules.edm(1e-3, 40.0), (800, 1600, 3200)
+    nominal = {f"{f.__name__}({order})": (f(order), order) for f in (s.ipndm, s.ipndm_v) for order in (1, 2, 3, 4)}
+    found = errors([solver for solver, _ in nominal.values()], schedule, ed.grids.time_uniform, steps)
+    rows = [(name, order, error) for (name, (_, order)), error in zip(nominal.items(), found, strict=True)]
+    show(capsys, f"equal steps, {steps} steps", rows)
+    for name, order, error in rows:
+        assert np.log2(error[-2] / error[-1]) == pytest.approx(order, abs=0.25), name
+
+
+def test_deis_in_time_has_its_order_where_time_is_not_kappa(x64, capsys):
+    schedule, steps = ed.schedules.vp_linear(t_min=1e-4), (80, 160, 320)
+    found = errors([s.deis(order, "t-AB") for order in (1, 2, 3)], schedule, ed.grids.log_snr, steps)
+    rows = [(f"deis({order}, 't-AB')", order + 1, error) for order, error in zip((1, 2, 3), found, strict=True)]
+    show(capsys, f"vp_linear, log-SNR grid, {steps} steps", rows)
+    for name, order, error in rows:
+        assert np.log2(error[-2] / error[-1]) == pytest.approx(order, abs=0.25), name
+
+
+def test_the_order_of_evodiff_is_what_it_is(x64, capsys):
+    """Order 1: its coefficients do not tend to second-order ones as the steps shrink.
+
+    The released form starts with order 1 and does not converge in the end, as its last step scales the sample.
+    """
+    x_T = initial_state(SCHEDULE)
+    denoise = mixture(SCHEDULE, CENTERS, STD)
+    rows = []
+    for solver in (s.evodiff(), s.evodiff_reference()):
+        run = jax.jit(lambda plan: ed.sample_plan(denoise, x_T, plan))
+        runs = [run(ed.plan(SCHEDULE, ed.grids.log_snr(SCHEDULE, n), solver, max_calls=max(STEPS))) for n in STEPS]
+        error = np.sqrt([np.mean((x - exact(SCHEDULE, x_T)) ** 2) for x in runs])
+        rows.append((f"{solver.name}()", "-", error))
+    show(capsys, f"log-SNR grid, {STEPS} steps", rows)
+    assert np.log2(rows[0][2][-2] / rows[0][2][-1]) == pytest.approx(1, abs=0.25)
+
+
+def test_every_solver_offered_has_a_measured_order():
+    measured = {name.split("(")[0] for name in NOMINAL} | {"evodiff", "evodiff_reference"}
+    assert set(SOLVERS) <= measured
