@@ -184,16 +184,11 @@ def _singlestep_table(
     """
     levels = schedule.levels(times)
     start = quadrature.ends(levels)[0]
-    lambda_ = quadrature.finite(levels.lambda_)
     make_steps = quadrature.data_steps if prediction == "data" else quadrature.noise_steps
 
     def arrive(fraction: float) -> tuple[Any, Any, Any, Any]:
         """From the steps' starts to `fraction` of them: the time there, T, a and phi_2 / phi_1."""
-        time = (
-            times[1:]
-            if fraction == 1
-            else quadrature.time_at(schedule, lambda_[:-1] + fraction * (lambda_[1:] - lambda_[:-1]))
-        )
+        time = times[1:] if fraction == 1 else quadrature.times_within(schedule, times, levels.lambda_, fraction)
         steps = make_steps(start, schedule.levels(time))
         return time, steps.transition, steps.amplitude, quadrature.exponential_moments(steps.exponent, 2)[1]
 
@@ -211,6 +206,6 @@ def _singlestep_table(
             Stage(two_thirds, t_1, (a_1 * (1 - 1.5 * c_1), 0 * a_1, a_1 * 1.5 * c_1)),
         ],
     ]
-    orders = quadrature.singlestep_orders(times, order, lower_order_final, euler_at_final, levels.sigma[-1])
+    orders = quadrature.singlestep_orders(times, order, lower_order_final, euler_at_final, levels.lambda_)
     history = None if prediction == "data" else lambda time: quadrature.noise_history(schedule.levels(time))
     return quadrature.singlestep_table(methods[:order], orders, history)

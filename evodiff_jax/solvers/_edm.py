@@ -82,7 +82,7 @@ def _heun_table(schedule: NoiseSchedule, times: Any, churn: Any, s_noise: float,
     half = steps.amplitude / 2
     eulers = [Stage(begin, steps.transition, (steps.amplitude,))]
     heuns = [*eulers, Stage(times[1:], steps.transition, (half, half))]
-    orders = quadrature.singlestep_orders(times, 2, euler, False, levels.sigma[-1])
+    orders = quadrature.singlestep_orders(times, 2, euler, False, levels.lambda_)
     table = quadrature.singlestep_table([eulers, heuns], orders, _history(schedule))
     if churn is None:
         return table
@@ -104,16 +104,15 @@ def _heun_table(schedule: NoiseSchedule, times: Any, churn: Any, s_noise: float,
 
 def _dpm_2_table(schedule: NoiseSchedule, times: Any, euler: bool) -> Table:
     levels = schedule.levels(times)
-    lambda_ = quadrature.finite(levels.lambda_)
     start, end = quadrature.ends(levels)
-    middle = quadrature.time_at(schedule, (lambda_[:-1] + lambda_[1:]) / 2)
+    middle = quadrature.times_within(schedule, times, levels.lambda_, 1 / 2)
     there, whole = quadrature.noise_steps(start, schedule.levels(middle)), quadrature.noise_steps(start, end)
     eulers = [Stage(times[:-1], whole.transition, (whole.amplitude,))]
     midpoint = [
         Stage(times[:-1], there.transition, (there.amplitude,)),
         Stage(middle, whole.transition, (0 * whole.amplitude, whole.amplitude)),
     ]
-    orders = quadrature.singlestep_orders(times, 2, euler, False, levels.sigma[-1])
+    orders = quadrature.singlestep_orders(times, 2, euler, False, levels.lambda_)
     return quadrature.singlestep_table([eulers, midpoint], orders, _history(schedule))
 
 

@@ -117,6 +117,18 @@ def time_at(schedule: NoiseSchedule, lambda_: Any) -> Any:
     return on_host(schedule.time, lambda_) if namespace(lambda_) is np else schedule.time(lambda_)
 
 
+def times_within(schedule: NoiseSchedule, times: Any, lambda_: Any, fraction: float) -> Any:
+    """The times at a fraction of each step in lambda, in the middle of the time where lambda is infinite at an end.
+
+    Steps with an infinite end are of first order: the times there are only to be harmless.
+    """
+    xp = namespace(lambda_)
+    bounded = xp.isfinite(lambda_[:-1]) & xp.isfinite(lambda_[1:])
+    safe = xp.where(xp.isfinite(lambda_), lambda_, 0.0)
+    inside = xp.where(bounded, (1 - fraction) * safe[:-1] + fraction * safe[1:], xp.max(safe))
+    return xp.where(bounded, time_at(schedule, inside), (times[:-1] + times[1:]) / 2)
+
+
 def last_steps(orders: np.ndarray, lower_order_final: bool, euler_at_final: bool) -> np.ndarray:
     """The orders of a run's steps after the options for its last ones."""
     if lower_order_final:
@@ -137,14 +149,14 @@ def multistep_orders(times: Any, order: int, lower_order_final: bool, euler_at_f
     return namespace(sigma_end).where((index == num_steps - 1) & (sigma_end == 0), 1, orders)
 
 
-def singlestep_orders(times: Any, order: int, lower_order_final: bool, euler_at_final: bool, sigma_end: Any) -> Any:
+def singlestep_orders(times: Any, order: int, lower_order_final: bool, euler_at_final: bool, lambda_: Any) -> Any:
     """The order of each step, static because it is the number of calls.
 
-    A last step to sigma = 0 is of first order where the times are concrete.
+    A step from alpha = 0 or to sigma = 0, in which lambda has no middle, is of first order where times are concrete.
     """
     orders = last_steps(np.full(times.shape[0] - 1, order), lower_order_final, euler_at_final)
-    if namespace(sigma_end) is np and sigma_end == 0:
-        orders[-1] = 1
+    if namespace(lambda_) is np:
+        orders = np.where(np.isfinite(lambda_[:-1]) & np.isfinite(lambda_[1:]), orders, 1)
     return orders
 
 

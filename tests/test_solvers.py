@@ -1,0 +1,242 @@
+"""What holds for every linear solver in every form: exactness, few steps, last steps, ends of schedules, errors."""
+
+from math import factorial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact_models import SCHEDULES, initial_state, mixture
+
+import evodiff_jax as ed
+from evodiff_jax.numerics import on_host
+from evodiff_jax.solvers import _quadrature as quadrature
+
+s = ed.solvers
+
+# Every deterministic form, with the number of model calls of N steps (ending at sigma > 0).
+MULTISTEP = {
+    "ddim": s.ddim(),
+    **{f"dpm_solver {o}": s.dpm_solver(o) for o in (1, 2, 3)},
+    "dpm_solver 3 exact": s.dpm_solver(3, exact_curvature=True),
+    **{f"dpm_solver_pp {o}": s.dpm_solver_pp(o) for o in (1, 2, 3)},
+    "dpm_solver_pp 3 full": s.dpm_solver_pp(3, lower_order_final=False),
+    "dpm_solver_pp 3 euler": s.dpm_solver_pp(3, lower_order_final=False, euler_at_final=True),
+    **{f"unipc {o} {v} {p}": s.unipc(o, v, p) for o in (1, 2, 3) for v in ("bh1", "bh2") for p in ("data", "epsilon")},
+    "unipc 3 full": s.unipc(3, lower_order_final=False),
+    **{f"deis {o} {v}": s.deis(o, v) for o in (1, 2, 3) for v in ("rho-AB", "t-AB")},
+    "deis 3 lower": s.deis(3, "t-AB", lower_order_final=True),
+    **{f"ipndm {o}": s.ipndm(o) for o in (1, 2, 3, 4)},
+    **{f"ipndm_v {o}": s.ipndm_v(o) for o in (1, 2, 3, 4)},
+    **{f"sa_solver {p} {c}": s.sa_solver(p, c, 0.0) for p in (1, 2, 4) for c in (0, 1, 2, 4)},
+}
+SINGLESTEP = {
+    "dpm_solver 2S": s.dpm_solver(2, "singlestep"),
+    "dpm_solver 3S": s.dpm_solver(3, "singlestep"),
+    "dpm_solver_pp 2S": s.dpm_solver_pp(2, "singlestep"),
+    "dpm_solver_pp 3S": s.dpm_solver_pp(3, "singlestep"),
+    "dpm_solver_pp 3S full": s.dpm_solver_pp(3, "singlestep", lower_order_final=False),
+    "heun": s.heun(),
+    "heun euler": s.heun(lower_order_final=True),
+    "dpm_2": s.dpm_2(),
+}
+ALL = MULTISTEP | SINGLESTEP
+every_solver = pytest.mark.parametrize("solver", list(ALL.values()), ids=list(ALL))
+DATA = {
+    name: solver for name, solver in ALL.items() if solver.table(SCHEDULES["edm"], np.array([1.0, 0.1])).history is None
+}
+
+
+def run_all(solvers, denoise, x_T, runs):
+    """{(solver, run): x}, all in one compiled call; runs are {name: (schedule, times)}."""
+    keys = [(name, run) for name in solvers for run in runs]
+    plans = [ed.plan(*runs[run], solvers[name]) for name, run in keys]
+    x = jax.jit(jax.vmap(lambda plan: ed.sample_plan(denoise, x_T, plan)))(ed.plans.stack(plans))
+    return dict(zip(keys, x, strict=True))
+
+
+def test_a_constant_model_gives_its_constant_on_every_grid_and_at_every_number_of_steps(x64):
+    schedule = ed.schedules.edm(0.0, 80.0)
+    runs = {f"time_uniform {n}": (schedule, ed.grids.time_uniform(schedule, n)) for n in (1, 2, 3, 4, 5, 9)}
+    for n in (1, 2, 3, 7):
+        ends = np.append(ed.grids.karras(SCHEDULES["edm"], n), 0.0)
+        runs[f"karras {n}"] = schedule, ends
+    x_T = initial_state(schedule, (2, 3), jnp.float64)
+    constant = np.array([0.3, -2.0, 5.0])
+    for key, x in run_all(ALL, lambda x, t: jnp.broadcast_to(constant, x.shape), x_T, runs).items():
+        np.testing.assert_allclose(x, np.broadcast_to(constant, x.shape), rtol=1e-9, err_msg=str(key))
+
+
+def test_sigma_ending_at_0_lands_on_the_last_data_prediction_in_float32():
+    schedule = ed.schedules.edm(0.0, 80.0)
+    runs = {n: (schedule, np.append(ed.grids.log_snr(SCHEDULES["edm"], n), 0.0)) for n in (1, 2, 3, 6)}
+    x_T = initial_state(schedule, (3, 4, 4, 2))
+    for key, x in run_all(ALL, mixture(schedule), x_T, runs).items():
+        assert np.isfinite(x).all(), key
+        if key[0].startswith(("ddim", "dpm_solver_pp")):  # others overshoot in two or three steps from 80
+            assert np.max(np.abs(x)) < 4, key
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_with_fewer_steps_than_its_order_a_solver_lowers_it(order, x64):
+    schedule = SCHEDULES["vp_linear"]
+    x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
+    for steps in range(1, order):
+        times = ed.grids.log_snr(schedule, steps)
+        for family in (s.dpm_solver, s.dpm_solver_pp, s.unipc, s.ipndm, s.ipndm_v, s.deis):
+            if family is s.deis and steps == order - 1 == 1:
+                continue  # its degree 0 is ddim
+            lower = s.ddim() if family is s.deis and steps == 1 else family(max(steps - (family is s.deis), 1))
+            x, expected = (
+                ed.sample(mixture(schedule), x_T, times, schedule, which) for which in (family(order), lower)
+            )
+            chex.assert_trees_all_close(x, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(MULTISTEP))
+def test_multistep_solvers_call_the_model_once_a_step(name):
+    for steps in (1, 2, 5, 8):
+        times = ed.grids.log_snr(SCHEDULES["vp_linear"], steps)
+        np.testing.assert_array_equal(MULTISTEP[name].table(SCHEDULES["vp_linear"], times).time, times[:-1])
+
+
+@pytest.mark.parametrize(
+    ("solver", "calls"),
+    [
+        (s.dpm_solver(2, "singlestep"), {1: 1, 2: 3, 5: 9}),
+        (s.dpm_solver(3, "singlestep"), {1: 1, 2: 3, 3: 6, 5: 12}),
+        (s.dpm_solver_pp(3, "singlestep", lower_order_final=False), {1: 3, 5: 15}),
+        (s.dpm_solver_pp(3, "singlestep", lower_order_final=False, euler_at_final=True), {1: 1, 5: 13}),
+        (s.heun(), {1: 2, 5: 10}),
+        (s.heun(lower_order_final=True), {1: 1, 5: 9}),
+        (s.dpm_2(), {1: 2, 5: 10}),
+    ],
+)
+def test_the_calls_of_single_step_solvers(solver, calls):
+    for steps, expected in calls.items():
+        plan = ed.plan(SCHEDULES["edm"], ed.grids.karras(SCHEDULES["edm"], steps), solver)
+        assert int(plan.calls) == expected
+        assert (np.diff(plan.table.time) <= 0).all()
+
+
+@pytest.mark.parametrize("end", [0.0, 0.002])
+def test_a_last_step_to_sigma_0_costs_heun_one_call_less(end):
+    schedule = ed.schedules.edm(end)
+    times = ed.grids.time_quadratic(schedule, 5)
+    for solver in (s.heun(), s.dpm_2()):
+        assert ed.plan(schedule, times, solver).calls == (9 if end == 0 else 10)
+
+
+def test_the_options_for_the_last_steps_mean_the_same_everywhere():
+    """lower_order_final: step i of N has order at most N + 1 - i; euler_at_final: the last step is DDIM's."""
+    schedule = SCHEDULES["vp_linear"]
+    times = ed.grids.karras(schedule, 8)
+    ddim = s.ddim().table(schedule, times)
+
+    def used(table):
+        return [int(np.flatnonzero(np.append(1.0, row[1:])).max()) + 1 for row in table.predictor]
+
+    for family, highest in ((s.dpm_solver, 3), (s.dpm_solver_pp, 3), (s.unipc, 3), (s.ipndm, 4), (s.ipndm_v, 4)):
+        full = family(highest, lower_order_final=False).table(schedule, times)
+        assert used(full) == [min(highest, i + 1) for i in range(8)]
+        lowered = family(highest, lower_order_final=True).table(schedule, times)
+        assert used(lowered) == [min(highest, i + 1, 8 - i) for i in range(8)]
+        euler = family(highest, lower_order_final=False, euler_at_final=True).table(schedule, times)
+        assert used(euler) == [*(min(highest, i + 1) for i in range(7)), 1]
+        if euler.history is None:
+            np.testing.assert_allclose(euler.predictor[-1, 0], ddim.predictor[-1, 0])
+            np.testing.assert_allclose(euler.transition[-1], ddim.transition[-1])
+
+
+@every_solver
+def test_traced_times_give_the_table_of_concrete_ones(solver, x64):
+    schedule = SCHEDULES["vp_linear"]
+    times = ed.grids.karras(schedule, 6)
+    traced = jax.jit(lambda t: solver.table(schedule, t))(times)
+    chex.assert_trees_all_close(traced, solver.table(schedule, times), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "solver", [MULTISTEP["dpm_solver_pp 3"], MULTISTEP["unipc 3 bh2 data"], MULTISTEP["deis 3 lower"]]
+)
+def test_traced_times_may_end_at_sigma_0(solver):
+    schedule = ed.schedules.edm(0.0, 80.0)
+    x_T = initial_state(schedule, (3, 4))
+    times = ed.grids.time_quadratic(schedule, 6)
+    run = jax.jit(lambda t: ed.sample(lambda x, t: jnp.tanh(x), x_T, t, schedule, solver))
+    chex.assert_trees_all_close(
+        run(times), ed.sample(lambda x, t: jnp.tanh(x), x_T, times, schedule, solver), rtol=1e-3
+    )
+    gradient = jax.grad(lambda t: jnp.sum(run(t)))(jnp.asarray(times, jnp.float32))
+    assert np.isfinite(gradient[:-1]).all()
+
+
+def test_zero_terminal_snr_is_for_data_prediction_solvers():
+    """alpha = 0 at t_max: the data prediction solvers start there, the noise prediction solvers say that they can't."""
+    schedule = ed.NoiseSchedule(lambda t: 1.0 - t, lambda t: t, t_min=0.01, t_max=1.0)
+    times = ed.grids.time_uniform(schedule, 6)
+    x_T = initial_state(schedule, (3, 4))
+    for name, solver in ALL.items():
+        if name in DATA:
+            assert np.isfinite(ed.sample(lambda x, t: jnp.tanh(x), x_T, times, schedule, solver)).all(), name
+        else:
+            with pytest.raises(ValueError, match="alpha is 0 at times\\[0\\]"):
+                ed.plan(schedule, times, solver)
+
+
+def test_euler_is_ddim_under_another_name():
+    assert s.euler() is s.ddim()
+    assert s.euler_ancestral() is s.ddim(1.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_phi_functions(k, x64):
+    """Against their integrals, on both sides of the switch to the series."""
+    z = np.concatenate([-np.logspace(-12, 1.5, 60), [0.0], np.logspace(-12, 1.5, 60), [-1.0, 1.0]])
+    points, gauss = np.polynomial.legendre.leggauss(60)
+    theta = (points + 1) / 2
+    integral = np.sum(gauss / 2 * np.exp(z[:, None] * (1 - theta)) * theta ** (k - 1), axis=1)
+    np.testing.assert_allclose(quadrature.phi(k, z), integral / factorial(k - 1), rtol=1e-11)
+    np.testing.assert_allclose(quadrature.phi(k, jnp.asarray(z)), quadrature.phi(k, z), rtol=1e-11)
+    gradient = jax.vmap(jax.grad(lambda z: quadrature.phi(k, z)))(jnp.asarray(z))
+    assert np.isfinite(gradient).all()
+
+
+def test_weights_integrate_polynomials_exactly():
+    rng = np.random.default_rng(0)
+    nodes = [0.0, *-np.cumsum(rng.uniform(0.3, 2, 3))]
+    moments = quadrature.exponential_moments(np.float64(-1.3), 4)
+    w = quadrature.weights(nodes, moments)
+    for power, moment in enumerate(moments):
+        assert sum(a * node**power for a, node in zip(w, nodes, strict=True)) == pytest.approx(float(moment))
+    assert on_host(lambda z: z, w).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: s.dpm_solver(4), "dpm_solver needs an order of 1 to 3, got 4"),
+        (lambda: s.dpm_solver_pp(0), "dpm_solver_pp needs an order of 1 to 3, got 0"),
+        (lambda: s.dpm_solver_pp(2.0), "order of 1 to 3, got 2.0"),
+        (lambda: s.dpm_solver_pp(True), "order of 1 to 3, got True"),
+        (lambda: s.dpm_solver_pp(2, method="single"), "method to be one of 'multistep', 'singlestep', got 'single'"),
+        (lambda: s.sde_dpm_solver_pp(3), "order of 1 to 2, got 3"),
+        (lambda: s.sde_dpm_solver_pp(2, -1.0), "tau >= 0, got -1.0"),
+        (lambda: s.unipc(4), "order of 1 to 3, got 4"),
+        (lambda: s.unipc(2, "bh3"), "variant to be one of 'bh1', 'bh2', got 'bh3'"),
+        (lambda: s.unipc(2, prediction="noise"), "prediction to be one of 'data', 'epsilon', got 'noise'"),
+        (lambda: s.deis(4), "order of 1 to 3, got 4"),
+        (lambda: s.deis(2, "AB"), "variant to be one of 'rho-AB', 't-AB', got 'AB'"),
+        (lambda: s.ipndm(5), "order of 1 to 4, got 5"),
+        (lambda: s.ipndm_v("4"), "order of 1 to 4, got '4'"),
+        (lambda: s.heun(s_churn=-1.0), "s_churn=-1.0"),
+        (lambda: s.heun(s_tmin=2.0, s_tmax=1.0), "s_tmin <= s_tmax"),
+        (lambda: s.sa_solver(5), "predictor needs an order of 1 to 4"),
+        (lambda: s.sa_solver(2, 5), "corrector needs an order of 1 to 4"),
+        (lambda: s.sa_solver(tau=-0.5), "tau >= 0 or a function of time, got -0.5"),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
