@@ -287,11 +287,11 @@ def singlestep_table(methods: Sequence[Sequence[Stage]], orders: np.ndarray, his
       orders: (N,), the order of each step, static.
       history: history(times) -> (keep_x, keep_m), or None where the outputs are data predictions.
     """
-    slots = max(len(methods[order - 1]) for order in orders)
+    slots = len(methods[-1])  # whatever the orders, so that runs of one solver have one shape
     xp = namespace(methods[0][0].time)
     zero = xp.zeros_like(methods[0][0].time)
     first, stages = [], []  # where each method's stages begin, and what they make a row of each step
-    for method in methods[: max(orders)]:
+    for method in methods:
         first.append(len(stages))
         before, previous = 1.0, ()
         for stage in method:
