@@ -10,11 +10,19 @@ import evodiff_jax
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_library_example_runs():
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_library_examples_run():
     names = {}
-    exec(code, names)
-    assert names["x"].shape == (16, 32, 32, 3)
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(code, names)
+    assert names["x"].shape == names["state"].x.shape == (16, 32, 32, 3)
+    assert names["side_by_side"].shape == (3, 16, 32, 32, 3)
+    assert names["sample_any"]._cache_size() == 1
+
+
+def test_every_solver_is_in_the_readme():
+    listed = README.read_text().split("## Solvers")[1].split("\n## ")[0]
+    for name in set(evodiff_jax.solvers.__all__) - {"SOLVERS", "Solver"}:
+        assert f"`{name}(" in listed
 
 
 def test_every_name_of_the_public_surface_exists():
