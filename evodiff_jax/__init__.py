@@ -1,6 +1,6 @@
 """Few-step sampling of diffusion and flow models in JAX: EVODiff and the solvers it is compared with."""
 
-from evodiff_jax import denoisers, grids, plans, schedules, solvers, stepping
+from evodiff_jax import denoisers, grids, plans, schedules, solvers, statistics, stepping
 from evodiff_jax.plans import plan
 from evodiff_jax.sampling import Trace, sample, sample_plan, sample_with_trace
 from evodiff_jax.schedules import NoiseSchedule
@@ -22,5 +22,6 @@ __all__ = [
     "sample_with_trace",
     "schedules",
     "solvers",
+    "statistics",
     "stepping",
 ]

@@ -148,5 +148,4 @@ def _with_all_columns(table: Table, slots: int, plans: Sequence[Plan]) -> Table:
         corrector=xp.pad(table.corrector, spare),
         history=completed(table.history, [t.history for t in tables], (zero, one)),
         noise=completed(table.noise, [t.noise for t in tables], zero),
-        offset=completed(table.offset, [t.offset for t in tables], zero),
     )

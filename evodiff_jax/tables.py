@@ -50,7 +50,7 @@ class Table(NamedTuple):
       noise: (R,), the standard deviation of the noise in the next probe, or None for a deterministic solver.
       adaptive: (R, 2), 1 where the rule's corrector and predictor are added and 0 where not, or None without a rule.
       rule: a pytree of (R,) scalars that the solver's rule reads, or None without one.
-      offset: (R, ...), what is added to the next probe, broadcast against one sample of the state, or None.
+      offset: None, or what is added to the corrected state and to the next probe, each (R, ...).
     """
 
     time: Any
@@ -61,7 +61,7 @@ class Table(NamedTuple):
     noise: Any = None
     adaptive: Any = None
     rule: Any = None
-    offset: Any = None
+    offset: tuple[Any, Any] | None = None
 
 
 class Coefficients(NamedTuple):
@@ -179,11 +179,13 @@ def advance(plan: Plan, carry: Carry, row: Table, m: jax.Array) -> tuple[Carry, 
         predictor = predictor + predicts * jnp.expand_dims(jnp.stack(adaptive.predictor), [a + 1 for a in axes])
         corrector = corrector + corrects * jnp.expand_dims(jnp.stack(adaptive.corrector), [a + 1 for a in axes])
     corrected = _combine(x.dtype, (None, *corrector[ages]), (x, *outputs))
+    if row.offset is not None:
+        corrected = _combine(x.dtype, (None, None), (corrected, row.offset[0]))
     # The next probe straight from x, so that the corrected state is computed only where a trace asks for it.
     following = row.transition * corrector + predictor
     terms, arrays = (row.transition, *following[ages]), (x, *outputs)
     if row.offset is not None:
-        terms, arrays = (*terms, 1.0), (*arrays, row.offset)
+        terms, arrays = (*terms, row.transition, 1.0), (*arrays, *row.offset)
     if row.noise is not None and key is not None:
         key, draw = jax.random.split(key)
         noise = jax.random.normal(draw, x.shape, at_least_float32(x.dtype))
@@ -272,7 +274,7 @@ def append_denoising(table: Table, t: Any) -> Table:
         noise=add(table.noise, 0.0),
         adaptive=add(table.adaptive, 0.0),
         rule=jax.tree.map(lambda column: add(column, column[-1]), table.rule),
-        offset=add(table.offset, 0.0),
+        offset=None if table.offset is None else (add(table.offset[0], 0.0), add(table.offset[1], 0.0)),
     )
 
 

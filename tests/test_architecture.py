@@ -18,7 +18,7 @@ LAYERS = [
     ["numerics"],
     ["schedules", "gram"],
     ["grids", "denoisers"],
-    ["tables"],
+    ["tables", "statistics"],
     ["solvers"],
     ["plans"],
     ["sampling", "stepping"],

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from evodiff_jax.solvers._adams import deis, ipndm, ipndm_v
 from evodiff_jax.solvers._ddim import ddim, euler, euler_ancestral
 from evodiff_jax.solvers._dpm_solver import dpm_solver, dpm_solver_pp, sde_dpm_solver_pp
+from evodiff_jax.solvers._dpm_solver_v3 import dpm_solver_v3
 from evodiff_jax.solvers._edm import dpm_2, heun
 from evodiff_jax.solvers._evodiff import evodiff, evodiff_reference
 from evodiff_jax.solvers._sa_solver import sa_solver
@@ -34,6 +35,7 @@ __all__ = [
     "dpm_2",
     "dpm_solver",
     "dpm_solver_pp",
+    "dpm_solver_v3",
     "euler",
     "euler_ancestral",
     "evodiff",
