@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from evodiff_jax.denoisers import Denoiser
+from evodiff_jax.files import write_atomically
 from evodiff_jax.numerics import at_least_float32, on_host
 from evodiff_jax.schedules import NoiseSchedule
 
@@ -159,13 +160,7 @@ def save(path: str | os.PathLike[str], statistics: Statistics, schedule: NoiseSc
 
     arrays = {name: np.ascontiguousarray(array) for name, array in statistics._asdict().items()}
     content = serialize({**arrays, "schedule": _signature(schedule)}, {"format": _FORMAT})
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), lambda file: file.write(content))
 
 
 def load(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Statistics:

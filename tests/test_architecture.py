@@ -15,7 +15,7 @@ ROOT = Path(evodiff_jax.__file__).parent
 
 # A module may import those of its own line and the lines above it, never one below.
 LAYERS = [
-    ["numerics"],
+    ["numerics", "files"],
     ["schedules", "gram"],
     ["grids", "denoisers"],
     ["tables", "statistics"],

@@ -14,7 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 import evodiff_jax as ed
-from evodiff_jax import cli, models
+from evodiff_jax import cli, files, models
 from evodiff_jax.cli import main, output
 from evodiff_jax.cli import sample as cli_sample
 from evodiff_jax.models import checkpoint
@@ -171,7 +171,7 @@ def test_a_failed_write_leaves_what_was_there(folder):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        output.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_bytes() == b"before"
     assert list(folder.iterdir()) == [path]
 

@@ -17,7 +17,12 @@ EDM = SCHEDULES["edm"]
 SHAPE = (3, 4, 4, 2)
 MAX_CALLS = 48  # enough for 20 steps of a solver with two calls a step
 KEY = jax.random.key(3)
-EVERY = {name: make() for name, make in SOLVERS.items()} | {"ancestral": ed.solvers.ddim(eta=1.0)}
+EVERY = {name: make() for name, make in SOLVERS.items()} | {
+    "ancestral": ed.solvers.ddim(eta=1.0),
+    "churned heun": ed.solvers.heun(s_churn=10.0),
+    "sa_solver": ed.solvers.sa_solver(),
+    "dpm_solver_pp 3S": ed.solvers.dpm_solver_pp(3, "singlestep"),
+}
 solvers = pytest.mark.parametrize("solver", list(EVERY.values()), ids=list(EVERY))
 
 

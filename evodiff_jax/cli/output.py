@@ -1,14 +1,14 @@
-"""What the commands write: pictures, and files that are complete or not there."""
+"""What the commands write: pictures, and where."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from evodiff_jax.files import write_temporary
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,23 +63,6 @@ def check_output(option: str, path: Path, suffix: str) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
     try:
-        _write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
+        write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file that is complete or not there."""
-    os.replace(_write_temporary(path, write), path)
-
-
-def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Writes a file next to `path` and returns its path; it is gone if writing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary

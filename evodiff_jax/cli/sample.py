@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.cli.output import check_output, make_picture, write_atomically
+from evodiff_jax.cli.output import check_output, make_picture
 from evodiff_jax.data import CLASS_NAMES
 from evodiff_jax.denoisers import classifier_free_guidance
+from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import sample
 from evodiff_jax.schedules import edm

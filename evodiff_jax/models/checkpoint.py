@@ -20,6 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from evodiff_jax.files import write_atomically
+
 _FORMAT = "evodiff_jax/1"
 
 
@@ -70,12 +72,7 @@ def save(
             array = array.astype(np.float16)
         arrays[name] = array
     metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config), "card": json.dumps(card)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(safetensors.numpy.save(arrays, metadata)))
 
 
 def load(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:

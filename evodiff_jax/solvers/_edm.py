@@ -90,7 +90,8 @@ def _heun_table(schedule: NoiseSchedule, times: Any, churn: Any, s_noise: float,
     xp = namespace(times)
     before = quadrature.ends(levels)[0]
     kappa, raised = before.sigma / before.alpha, start.sigma / start.alpha
-    noise = s_noise * start.alpha * xp.sqrt(xp.maximum(raised**2 - kappa**2, 0.0))
+    gap = raised**2 - kappa**2
+    noise = s_noise * start.alpha * xp.where(gap > 0, xp.sqrt(xp.where(gap > 0, gap, 1.0)), 0.0)
     step = np.repeat(np.arange(orders.size), orders)
     goes_on = np.append(step[1:] != step[:-1], False)
     following = np.minimum(step + 1, orders.size - 1)
