@@ -15,7 +15,7 @@ from evodiff_jax.solvers import SOLVERS
 
 EDM = SCHEDULES["edm"]
 SHAPE = (3, 4, 4, 2)
-MAX_CALLS = 48  # enough for 20 steps of a solver with two calls a step
+MAX_CALLS = 64  # enough for 20 steps of a solver with three calls a step
 KEY = jax.random.key(3)
 EVERY = {name: make() for name, make in SOLVERS.items()} | {
     "ancestral": ed.solvers.ddim(eta=1.0),
