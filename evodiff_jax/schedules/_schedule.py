@@ -1,4 +1,4 @@
-"""Noise schedules: the functions alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, and their inverse.
+"""The noise schedule: functions alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, and their inverse.
 
 Every function accepts Python and NumPy numbers, for which it computes in float64 on the host, and JAX arrays, traced
 or not, for which it computes in their dtype. Solver tables are built from the first kind wherever the times are known.
@@ -46,6 +46,7 @@ class NoiseSchedule:
       t_min: the time at which sampling ends.
       t_max: the time at which sampling starts.
       time: the inverse of `lambda_`, elementwise; left out, it is found by bisection.
+      num_timesteps: n for a model trained at n discrete noise levels, t being their index 0 .. n - 1, else None.
 
     Raises:
       ValueError: when t_min >= t_max, or alpha or sigma is negative or not finite, or alpha / sigma does not
@@ -57,6 +58,7 @@ class NoiseSchedule:
     t_min: float
     t_max: float
     time: ScheduleFn = None  # pyright: ignore[reportAssignmentType]  # __post_init__ replaces None
+    num_timesteps: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and self.t_min < self.t_max):
@@ -114,64 +116,3 @@ def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any
     else:
         low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
     return low + (high - low) / 2
-
-
-@functools.cache
-def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
-    """The variance-exploding schedule of EDM: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364).
-
-    Args:
-      sigma_min: the noise level at which sampling ends, and t_min.
-      sigma_max: the noise level at which it starts, and t_max.
-
-    Raises:
-      ValueError: unless 0 <= sigma_min < sigma_max.
-    """
-    if not 0 <= sigma_min < sigma_max:
-        raise ValueError(f"edm needs 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).ones_like(t),
-        sigma=lambda t: namespace(t).asarray(t),
-        time=lambda lambda_: namespace(lambda_).exp(-lambda_),
-        t_min=sigma_min,
-        t_max=sigma_max,
-    )
-
-
-@functools.cache
-def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
-    """The variance-preserving schedule whose beta grows linearly (Song et al. 2021, arXiv 2011.13456, appendix B).
-
-    log alpha(t) = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2 and sigma^2 = 1 - alpha^2.
-
-    Args:
-      beta_min: beta(0).
-      beta_max: beta(1).
-      t_min: the time at which sampling ends.
-      t_max: the time at which it starts.
-
-    Raises:
-      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
-    """
-    slope = beta_max - beta_min
-    if beta_min < 0 or beta_min + slope * t_max < 0 or beta_min == beta_max == 0:
-        raise ValueError(f"vp_linear needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}")
-    if not 0 <= t_min < t_max:
-        raise ValueError(f"vp_linear needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
-
-    def log_alpha(t: Any) -> Any:
-        return -(slope * t / 4 + beta_min / 2) * t
-
-    def sigma(t: Any) -> Any:
-        xp = namespace(t)
-        return xp.sqrt(-xp.expm1(2 * log_alpha(t)))
-
-    def time(lambda_: Any) -> Any:
-        xp = namespace(lambda_)
-        # -2 log alpha = log(1 + e^(-2 lambda)); the root of the quadratic in the form that does not cancel.
-        minus_two_log_alpha = xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_))
-        return 2 * minus_two_log_alpha / (xp.sqrt(beta_min**2 + 2 * slope * minus_two_log_alpha) + beta_min)
-
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).exp(log_alpha(t)), sigma=sigma, time=time, t_min=t_min, t_max=t_max
-    )

@@ -1,0 +1,41 @@
+"""Noise schedules: alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, for the usual families and your own."""
+
+from evodiff_jax.schedules._continuous import (
+    edm,
+    flow,
+    from_log_snr,
+    resolution_shift,
+    sequence_shift,
+    sub_vp,
+    ve,
+    vp_cosine,
+    vp_linear,
+)
+from evodiff_jax.schedules._discrete import (
+    cosine_betas,
+    discrete,
+    linear_betas,
+    scaled_linear_betas,
+    zero_terminal_snr,
+)
+from evodiff_jax.schedules._schedule import Levels, NoiseSchedule, ScheduleFn
+
+__all__ = [
+    "Levels",
+    "NoiseSchedule",
+    "ScheduleFn",
+    "cosine_betas",
+    "discrete",
+    "edm",
+    "flow",
+    "from_log_snr",
+    "linear_betas",
+    "resolution_shift",
+    "scaled_linear_betas",
+    "sequence_shift",
+    "sub_vp",
+    "ve",
+    "vp_cosine",
+    "vp_linear",
+    "zero_terminal_snr",
+]

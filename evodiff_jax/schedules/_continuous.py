@@ -1,0 +1,293 @@
+"""Schedules in continuous time: variance-exploding, variance-preserving, flow, and from a log-SNR."""
+
+import functools
+import math
+from typing import Any
+
+from evodiff_jax.numerics import namespace
+from evodiff_jax.schedules._schedule import NoiseSchedule, ScheduleFn
+
+
+@functools.cache
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
+    """The variance-exploding schedule of EDM: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364).
+
+    Args:
+      sigma_min: the noise level at which sampling ends, and t_min.
+      sigma_max: the noise level at which it starts, and t_max.
+
+    Raises:
+      ValueError: unless 0 <= sigma_min < sigma_max.
+    """
+    if not 0 <= sigma_min < sigma_max:
+        raise ValueError(f"edm needs 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).ones_like(t),
+        sigma=lambda t: namespace(t).asarray(t),
+        time=lambda lambda_: namespace(lambda_).exp(-lambda_),
+        t_min=sigma_min,
+        t_max=sigma_max,
+    )
+
+
+@functools.cache
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0, t_max: float = 1.0) -> NoiseSchedule:
+    """The variance-exploding schedule in the time of score SDEs (Song et al. 2021, arXiv 2011.13456, Eq. 30).
+
+    alpha = 1 and sigma(t) = sigma_min (sigma_max / sigma_min)^t.
+
+    Args:
+      sigma_min: sigma(0).
+      sigma_max: sigma(1).
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts.
+
+    Raises:
+      ValueError: unless 0 < sigma_min < sigma_max and t_min < t_max.
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"ve needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    log_min, log_ratio = math.log(sigma_min), math.log(sigma_max / sigma_min)
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).ones_like(t),
+        sigma=lambda t: namespace(t).exp(log_min + log_ratio * t),
+        time=lambda lambda_: (-lambda_ - log_min) / log_ratio,
+        t_min=t_min,
+        t_max=t_max,
+    )
+
+
+@functools.cache
+def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
+    """The variance-preserving schedule whose beta grows linearly (Song et al. 2021, arXiv 2011.13456, appendix B).
+
+    log alpha(t) = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2 and sigma^2 = 1 - alpha^2.
+
+    Args:
+      beta_min: beta(0).
+      beta_max: beta(1).
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts.
+
+    Raises:
+      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
+    """
+    log_alpha, inverse = _linear_beta("vp_linear", beta_min, beta_max, t_min, t_max)
+
+    def sigma(t: Any) -> Any:
+        xp = namespace(t)
+        return xp.sqrt(-xp.expm1(2 * log_alpha(t)))
+
+    def time(lambda_: Any) -> Any:
+        xp = namespace(lambda_)
+        return inverse(xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_)))  # -2 log alpha = log(1 + e^(-2 lambda))
+
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).exp(log_alpha(t)), sigma=sigma, time=time, t_min=t_min, t_max=t_max
+    )
+
+
+@functools.cache
+def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
+    """The sub-variance-preserving schedule with linear beta (Song et al. 2021, arXiv 2011.13456, Eq. 29).
+
+    alpha is that of `vp_linear` and sigma = 1 - alpha^2.
+
+    Args:
+      beta_min: beta(0).
+      beta_max: beta(1).
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts.
+
+    Raises:
+      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
+    """
+    log_alpha, inverse = _linear_beta("sub_vp", beta_min, beta_max, t_min, t_max)
+
+    def time(lambda_: Any) -> Any:
+        xp = namespace(lambda_)
+        return inverse(2 * xp.arcsinh(xp.exp(-lambda_) / 2))  # sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)
+
+    return NoiseSchedule(
+        alpha=lambda t: namespace(t).exp(log_alpha(t)),
+        sigma=lambda t: -namespace(t).expm1(2 * log_alpha(t)),
+        time=time,
+        t_min=t_min,
+        t_max=t_max,
+    )
+
+
+@functools.cache
+def vp_cosine(s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> NoiseSchedule:
+    """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17), variance-preserving.
+
+    alpha(t) = cos(pi/2 (t + s) / (1 + s)) / cos(pi/2 s / (1 + s)) and sigma^2 = 1 - alpha^2.
+
+    Args:
+      s: the offset, which keeps the noise at small t from vanishing.
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts; at 1 alpha is 0. The default is where the log-SNR ends that continuous-time
+        solvers use (arXiv 2206.00927, appendix D.4).
+
+    Raises:
+      ValueError: unless s >= 0 and 0 <= t_min < t_max <= 1.
+    """
+    if not (s >= 0 and 0 <= t_min < t_max <= 1):
+        raise ValueError(f"vp_cosine needs s >= 0 and 0 <= t_min < t_max <= 1, got s={s}, t_min={t_min}, t_max={t_max}")
+    scale = math.pi / 2 / (1 + s)
+    offset = scale * s
+
+    def alpha(t: Any) -> Any:
+        return namespace(t).sin(scale * (1 - t)) / math.cos(offset)
+
+    def sigma(t: Any) -> Any:  # cos^2(b) - cos^2(a + b) = sin(a) sin(a + 2 b), which does not cancel
+        xp = namespace(t)
+        return xp.sqrt(xp.sin(scale * t) * xp.sin(scale * t + 2 * offset)) / math.cos(offset)
+
+    def time(lambda_: Any) -> Any:
+        xp = namespace(lambda_)
+        half = xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_)) / 2  # -log alpha
+        cosine = math.cos(offset) * xp.exp(-half)
+        sine = xp.sqrt(math.sin(offset) ** 2 + math.cos(offset) ** 2 * -xp.expm1(-2 * half))
+        return 1 - xp.arctan2(cosine, sine) / scale
+
+    return NoiseSchedule(alpha=alpha, sigma=sigma, time=time, t_min=t_min, t_max=t_max)
+
+
+@functools.cache
+def flow(shift: float = 1.0, t_min: float = 1e-3, t_max: float = 0.999) -> NoiseSchedule:
+    """The straight path of rectified flow, alpha = 1 - sigma, whose times can be shifted towards noise.
+
+    sigma(t) = shift t / (1 + (shift - 1) t): with shift 1 sigma = t; large images, which keep more of their signal at
+    one noise level, take a larger shift. Networks of this family are trained with sigma for their time: beside a shift
+    give `denoisers.from_prediction` time="sigma".
+
+    Args:
+      shift: a number (3 for Stable Diffusion 3), or what `resolution_shift` or `sequence_shift` returns.
+      t_min: the time at which sampling ends; at 0 sigma is 0.
+      t_max: the time at which it starts; at 1 alpha is 0, where no solver that works with noise predictions can start
+        and no grid in the log-SNR.
+
+    Raises:
+      ValueError: unless shift > 0 and 0 <= t_min < t_max <= 1.
+
+    References:
+      Liu, Gong, Liu, arXiv 2209.03003; the shift is that of Esser et al., arXiv 2403.03206, Eq. 23.
+    """
+    if not (shift > 0 and 0 <= t_min < t_max <= 1):
+        raise ValueError(f"flow needs shift > 0 and 0 <= t_min < t_max <= 1, got {shift}, {t_min} and {t_max}")
+    return NoiseSchedule(
+        alpha=lambda t: (1 - t) / (1 + (shift - 1) * t),
+        sigma=lambda t: shift * t / (1 + (shift - 1) * t),
+        time=lambda lambda_: 1 / (1 + shift * namespace(lambda_).exp(lambda_)),
+        t_min=t_min,
+        t_max=t_max,
+    )
+
+
+def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:
+    """The shift that gives a larger image the signal of a base size: base_shift sqrt(tokens / base_tokens).
+
+    Args:
+      tokens: the number of pixels, or of tokens, of the images to be sampled.
+      base_tokens: the same of images that take `base_shift`.
+      base_shift: the shift at the base size.
+
+    Raises:
+      ValueError: unless all are positive.
+
+    References:
+      Esser et al., arXiv 2403.03206, Eq. 23.
+
+    Example:
+      >>> resolution_shift(64 * 64, base_tokens=32 * 32, base_shift=1.5)
+      3.0
+    """
+    if not (tokens > 0 and base_tokens > 0 and base_shift > 0):
+        raise ValueError(f"resolution_shift needs positive numbers, got {tokens}, {base_tokens} and {base_shift}")
+    return base_shift * math.sqrt(tokens / base_tokens)
+
+
+def sequence_shift(
+    tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_log_shift: float = 0.5,
+    max_log_shift: float = 1.15,
+) -> float:
+    """The shift e^mu with mu linear in the length of the sequence, as the Flux models take it.
+
+    Args:
+      tokens: the length of the sequence of image tokens.
+      base_tokens: where mu is `base_log_shift`.
+      max_tokens: where mu is `max_log_shift`.
+      base_log_shift: mu of short sequences.
+      max_log_shift: mu of long ones.
+
+    Raises:
+      ValueError: when tokens is not positive or base_tokens and max_tokens are equal.
+
+    Example:
+      >>> round(sequence_shift(4096), 4)
+      3.1582
+    """
+    if not tokens > 0 or base_tokens == max_tokens:
+        raise ValueError(
+            "sequence_shift needs tokens > 0 and base_tokens different from max_tokens, got "
+            f"tokens={tokens}, base_tokens={base_tokens}, max_tokens={max_tokens}"
+        )
+    fraction = (tokens - base_tokens) / (max_tokens - base_tokens)
+    return math.exp(base_log_shift + (max_log_shift - base_log_shift) * fraction)
+
+
+def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: ScheduleFn | None = None) -> NoiseSchedule:
+    """The variance-preserving schedule with a log-SNR of your own: alpha^2 = sigmoid(log_snr), sigma^2 = 1 - alpha^2.
+
+    For another scale of the state, such as alpha = 1, give `NoiseSchedule` alpha and sigma.
+
+    Args:
+      log_snr: log(alpha^2 / sigma^2), elementwise and decreasing in t, in NumPy, jax.numpy or plain arithmetic.
+      t_min: the time at which sampling ends.
+      t_max: the time at which it starts.
+      time: the inverse of lambda = log_snr / 2; left out, it is found by bisection.
+
+    Raises:
+      ValueError: as `NoiseSchedule`.
+
+    Example:
+      >>> schedule = from_log_snr(lambda t: 10 - 20 * t, t_min=0.0, t_max=1.0)
+      >>> round(float(schedule.time(schedule.lambda_(0.3))), 6)
+      0.3
+    """
+
+    def root_sigmoid(value: Any) -> Any:
+        xp = namespace(value)
+        return xp.exp(-xp.logaddexp(xp.zeros_like(value), -value) / 2)
+
+    return NoiseSchedule(
+        alpha=lambda t: root_sigmoid(log_snr(t)),
+        sigma=lambda t: root_sigmoid(-log_snr(t)),
+        t_min=t_min,
+        t_max=t_max,
+        time=time,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _linear_beta(
+    name: str, beta_min: float, beta_max: float, t_min: float, t_max: float
+) -> tuple[ScheduleFn, ScheduleFn]:
+    """Log alpha of a linear beta, and the time as a function of -2 log alpha."""
+    slope = beta_max - beta_min
+    if beta_min < 0 or beta_min + slope * t_max < 0 or beta_min == beta_max == 0:
+        raise ValueError(f"{name} needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}")
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
+
+    def log_alpha(t: Any) -> Any:
+        return -(slope * t / 4 + beta_min / 2) * t
+
+    def inverse(minus_two_log_alpha: Any) -> Any:  # the root of the quadratic in the form that does not cancel
+        root = namespace(minus_two_log_alpha).sqrt(beta_min**2 + 2 * slope * minus_two_log_alpha)
+        return 2 * minus_two_log_alpha / (root + beta_min)
+
+    return log_alpha, inverse
