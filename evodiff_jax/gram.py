@@ -50,21 +50,33 @@ def initial(shape: tuple[int, ...], memory: int, dtype: Any) -> Gram:
     return Gram((zero,) * (memory + 1), tuple((zero,) * (memory - i) for i in range(memory)))
 
 
-def push(gram: Gram, newest: jax.Array, outputs: jax.Array, ages: jax.Array, axes: tuple[int, ...]) -> Gram:
-    """The Gram after `newest` has replaced the oldest output.
+def measure(newest: jax.Array, outputs: jax.Array, axes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The squared norm of a new output and its squared distances from all outputs.
+
+    Args:
+      newest: (B, ...), the new output.
+      outputs: (K + 1, B, ...), the outputs, the new one among them, in any order.
+      axes: the axes of `newest` that inner products run over.
+      dtype: the dtype to compute in.
+
+    Returns:
+      The norm, and the distances with a leading axis of K + 1, one of them zero.
+    """
+    newest = newest.astype(dtype)
+    # All distances in one reduction: picking slots out first would copy them.
+    distances = _sum_of_squares(newest[None] - outputs.astype(dtype), axes)
+    return _sum_of_squares(newest[None], axes)[0], distances
+
+
+def push(gram: Gram, norm: jax.Array, distances: jax.Array, ages: jax.Array) -> Gram:
+    """The Gram after a new output has replaced the oldest one.
 
     Args:
       gram: the Gram before.
-      newest: (B, ...), the new output.
-      outputs: (K + 1, B, ...), the outputs, the new one among them, in any order.
+      norm: the squared norm of the new output.
+      distances: (K + 1, ...), its squared distances from all outputs, in any order.
       ages: (K + 1,), their ages, 0 for the newest: output s is (i - s) mod (K + 1) rows old after i rows.
-      axes: the axes of `newest` that inner products run over.
     """
-    dtype = gram.norms[0].dtype
-    newest = newest.astype(dtype)
-    norm = _sum_of_squares(newest[None], axes)[0]
-    # All distances in one reduction, one of them zero: picking slots out first would copy them.
-    distances = _sum_of_squares(newest[None] - outputs.astype(dtype), axes)
     by_age = distances[ages]  # the permutation is its own inverse
     kept = tuple(row[:-1] for row in gram.distances[:-1])
     return Gram((norm, *gram.norms[:-1]), (tuple(by_age[1:]), *kept))

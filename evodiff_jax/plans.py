@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.solvers._evodiff import evodiff
-from evodiff_jax.tables import Plan, Solver, Table, append_denoising
+from evodiff_jax.tables import Plan, Solver, Table, append_denoising, pad
 
 
 def plan(
@@ -53,8 +53,9 @@ def plan(
     if max_calls is not None:
         if calls > max_calls:
             raise ValueError(f"{solver.name} takes {calls} model calls for these times, max_calls is {max_calls}")
-        table = _padded(table, max_calls)
-    return Plan(table, np.int32(calls), solver.rule, solver.channel_axis)
+        table = pad(table, max_calls)
+    end, denoises = checked_times[-1], np.bool_(denoise_to_zero)
+    return Plan(table, np.int32(calls), end, denoises, solver.rule, solver.channel_axis, solver.per_leaf)
 
 
 def stack(plans: Sequence[Plan]) -> Plan:
@@ -88,9 +89,11 @@ def stack(plans: Sequence[Plan]) -> Plan:
         raise ValueError("stack needs plans of solvers whose tables alone, with scalar coefficients, are the solver")
     rows = max(p.table.time.shape[0] for p in plans)
     slots = max(p.table.predictor.shape[1] for p in plans)
-    uniform = [_padded(_with_all_columns(p.table, slots, plans), rows) for p in plans]
-    table = jax.tree.map(lambda *columns: namespace(*columns).stack(columns), *uniform)
-    return dataclasses.replace(plans[0], table=table, calls=np.stack([p.calls for p in plans]))
+    uniform = [pad(_with_all_columns(p.table, slots, plans), rows) for p in plans]
+    scalars = [(p.calls, p.end, p.denoises) for p in plans]
+    stacked = [jax.tree.map(lambda *values: namespace(*values).stack(values), *trees) for trees in (uniform, scalars)]
+    table, (calls, end, denoises) = stacked
+    return dataclasses.replace(plans[0], table=table, calls=calls, end=end, denoises=denoises)
 
 
 def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
@@ -122,15 +125,6 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
             f"got {concrete[-1]} to {concrete[0]}"
         )
     return concrete
-
-
-def _padded(table: Table, rows: int) -> Table:
-    """The table with its last row repeated: rows that are never applied, of values that are no trap for gradients."""
-
-    def pad(column: Any) -> Any:
-        return namespace(column).concatenate([column, *[column[-1:]] * (rows - column.shape[0])])
-
-    return jax.tree.map(pad, table)
 
 
 def _with_all_columns(table: Table, slots: int, plans: Sequence[Plan]) -> Table:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from evodiff_jax import tables
-from evodiff_jax.tables import Carry, Plan
+from evodiff_jax import kernel
+from evodiff_jax.kernel import Carry
+from evodiff_jax.tables import Plan, row_at
 
 
 @jax.tree_util.register_dataclass
@@ -65,12 +66,13 @@ def init(x_T: ArrayLike, plan: Plan, key: jax.Array | None = None) -> State:
       >>> state.x.shape
       (4, 8)
     """
-    x_T = tables.check_state(x_T)
+    x_T = kernel.check_state(x_T)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times), got {plan!r}")
-    plan = tables.for_state(plan, x_T, key)
-    plan = dataclasses.replace(plan, calls=jnp.asarray(plan.calls, jnp.int32))
-    return State(plan, tables.start(x_T, plan, key))
+    plan = kernel.for_state(plan, x_T, key)
+    # Arrays all through, so that the first state has the types of those that `update` returns.
+    plan = dataclasses.replace(plan, calls=jnp.asarray(plan.calls, jnp.int32), denoises=jnp.asarray(plan.denoises))
+    return State(plan, kernel.start(x_T, plan, key))
 
 
 @jax.jit
@@ -88,9 +90,9 @@ def update(state: State, prediction: jax.Array) -> State:
       TypeError: when the prediction is not a floating-point array.
       ValueError: when it has another shape.
     """
-    m = tables.check_prediction(prediction, state.x)
+    m = kernel.check_prediction(prediction, state.x)
 
     def apply(carry: Carry) -> Carry:
-        return tables.advance(state.plan, carry, tables.row_at(state.plan.table, carry.row), m)[0]
+        return kernel.advance(state.plan, carry, row_at(state.plan.table, carry.row), m)[0]
 
     return State(state.plan, jax.lax.cond(state.done, lambda carry: carry, apply, state.carry))

@@ -1,4 +1,4 @@
-"""The one kernel: a sampler is a table, a run is its rows applied one after the other.
+"""A sampler is a table: its rows, applied one after the other by the kernel, are the run.
 
 A row is one model call. It finds the probe x, the prediction of the state at its time t, and the history
 H_1, ..., H_K of the calls before, newest first:
@@ -24,14 +24,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from evodiff_jax import gram as grams
-from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.gram import Gram
-from evodiff_jax.numerics import at_least_float32, namespace
+from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
 
 
@@ -86,13 +82,15 @@ class Solver(NamedTuple):
       table: table(schedule, times) -> Table, by the same code in NumPy for concrete times and in JAX for traced ones.
       rule: rule(row, gram) -> Coefficients, for a row of `Table.rule` and the Gram of one sample (and channel), pure
         and elementwise; None for a solver whose coefficients are the table's alone.
-      channel_axis: the axis of the state over which inner products are separate, None for one per sample.
+      channel_axis: the axis of the state over which inner products are separate, None for none.
+      per_leaf: whether inner products are separate for the leaves of a state that is a pytree, or summed over them.
     """
 
     name: str
     table: Callable[[NoiseSchedule, Any], Table]
     rule: Callable[[Any, Gram], Coefficients] | None = None
     channel_axis: int | None = None
+    per_leaf: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -105,149 +103,20 @@ class Plan:
     Attributes:
       table: the coefficients, with any number of spare rows at the end.
       calls: the number of rows that are applied, an integer scalar.
+      end: the last time of the run, a scalar.
+      denoises: whether the result is the data prediction there (denoise-to-zero), a boolean scalar.
       rule: the solver's rule, static.
-      channel_axis: the solver's channel axis, static.
+      channel_axis: the solver's, static.
+      per_leaf: the solver's, static.
     """
 
     table: Table
     calls: Any
+    end: Any
+    denoises: Any
     rule: Callable[[Any, Gram], Coefficients] | None = dataclasses.field(default=None, metadata={"static": True})
     channel_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
-
-
-class Carry(NamedTuple):
-    """What a row hands to the next.
-
-    Attributes:
-      x: the probe.
-      outputs: (K + 1, B, ...), the newest outputs as a ring, so that none is ever moved: row i writes slot
-        i mod (K + 1). None where K = 0.
-      gram: the Gram of the outputs, newest first, for solvers with a rule, else None.
-      row: the number of rows applied.
-      key: the random key of the rows to come, or None.
-    """
-
-    x: jax.Array
-    outputs: jax.Array | None
-    gram: Gram | None
-    row: jax.Array
-    key: jax.Array | None
-
-
-def start(x: jax.Array, plan: Plan, key: jax.Array | None) -> Carry:
-    """The carry before the first row, from the initial state `x`."""
-    slots = plan.table.predictor.shape[1]
-    outputs = None if slots == 1 else jnp.zeros((slots, *x.shape), x.dtype)
-    gram = None
-    if plan.rule is not None:
-        axes = grams.reduced_axes(x.shape, plan.channel_axis)
-        kept = tuple(n for axis, n in enumerate(x.shape) if axis not in axes)
-        gram = grams.initial(kept, slots - 1, at_least_float32(x.dtype))
-    return Carry(x, outputs, gram, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
-
-
-def advance(plan: Plan, carry: Carry, row: Table, m: jax.Array) -> tuple[Carry, jax.Array, dict[str, jax.Array]]:
-    """Applies one row: corrects the state at the row's time by what the model call there showed, predicts the next.
-
-    Args:
-      plan: the plan the row belongs to.
-      carry: from `start` or the row before.
-      row: one row of the plan's table, in the state's scalar dtype.
-      m: the data prediction at (carry.x, row.time), of the state's shape and dtype.
-
-    Returns:
-      The next carry, the corrected state at the row's time, and the rule's trace.
-    """
-    x, outputs, gram, number, key = carry
-    y = m
-    if row.history is not None:
-        keep_x, keep_m = row.history
-        y = _combine(x.dtype, (keep_x, keep_m), (x, m))
-    slots = row.predictor.shape[0]
-    # ages[s] is the age of the output in slot s once y, of age 0, is written; the permutation is its own inverse.
-    ages = (number - jnp.arange(slots)) % slots
-    outputs = y[None] if outputs is None else jax.lax.dynamic_update_index_in_dim(outputs, y, number % slots, 0)
-
-    predictor, corrector = _column(row.predictor, x.ndim), _column(row.corrector, x.ndim)
-    trace: dict[str, jax.Array] = {}
-    if plan.rule is not None and gram is not None:
-        axes = grams.reduced_axes(x.shape, plan.channel_axis)
-        gram = grams.push(gram, y, outputs, ages, axes)
-        adaptive = _over_samples(plan.rule, gram.norms[0].ndim)(row.rule, gram)
-        trace = adaptive.trace
-        corrects, predicts = row.adaptive
-        predictor = predictor + predicts * jnp.expand_dims(jnp.stack(adaptive.predictor), [a + 1 for a in axes])
-        corrector = corrector + corrects * jnp.expand_dims(jnp.stack(adaptive.corrector), [a + 1 for a in axes])
-    corrected = _combine(x.dtype, (None, *corrector[ages]), (x, *outputs))
-    if row.offset is not None:
-        corrected = _combine(x.dtype, (None, None), (corrected, row.offset[0]))
-    # The next probe straight from x, so that the corrected state is computed only where a trace asks for it.
-    following = row.transition * corrector + predictor
-    terms, arrays = (row.transition, *following[ages]), (x, *outputs)
-    if row.offset is not None:
-        terms, arrays = (*terms, row.transition, 1.0), (*arrays, *row.offset)
-    if row.noise is not None and key is not None:
-        key, draw = jax.random.split(key)
-        noise = jax.random.normal(draw, x.shape, at_least_float32(x.dtype))
-        terms, arrays = (*terms, row.noise), (*arrays, noise)
-    next_x = _combine(x.dtype, terms, arrays)
-    return Carry(next_x, None if slots == 1 else outputs, gram, number + 1, key), corrected, trace
-
-
-def call_model(denoise: Denoiser, x: jax.Array, t: jax.Array) -> jax.Array:
-    """denoise(x, t), checked and in the state's dtype.
-
-    Raises:
-      TypeError: while tracing, when the denoiser does not return a floating-point array.
-      ValueError: while tracing, when it returns another shape.
-    """
-    return check_prediction(denoise(x, t), x)
-
-
-def check_prediction(m: Any, x: jax.Array) -> jax.Array:
-    """The data prediction `m` for the state `x`, in its dtype.
-
-    Raises:
-      TypeError: when it is not a floating-point array.
-      ValueError: when it has another shape.
-    """
-    if not isinstance(m, jax.Array | np.ndarray) or not jnp.issubdtype(m.dtype, jnp.floating):
-        got = f"an array of {m.dtype}" if hasattr(m, "dtype") else type(m).__name__
-        raise TypeError(f"denoise(x, t) must return a floating-point array like x, it returned {got}")
-    if m.shape != x.shape:
-        raise ValueError(f"denoise(x, t) must return the shape of x, {x.shape}, it returned {m.shape}")
-    return jnp.asarray(m, x.dtype)
-
-
-def check_state(x_T: ArrayLike) -> jax.Array:
-    """The initial state as an array.
-
-    Raises:
-      TypeError: when it is not floating-point.
-      ValueError: when it has no batch axis.
-    """
-    x_T = jnp.asarray(x_T)
-    if not jnp.issubdtype(x_T.dtype, jnp.floating):
-        raise TypeError(f"x_T must be floating-point, got {x_T.dtype}: convert it, for example x_T.astype('float32')")
-    if x_T.ndim < 1:
-        raise ValueError("x_T must have a batch axis in front, got a scalar")
-    return x_T
-
-
-def for_state(plan: Plan, x_T: jax.Array, key: jax.Array | None) -> Plan:
-    """The plan with its table in the state's scalar dtype.
-
-    Raises:
-      ValueError: when the plan needs a key and there is none, or its coefficients are for states of another shape.
-    """
-    table = plan.table
-    if table.noise is not None and key is None:
-        raise ValueError("this solver is stochastic: pass key, for example jax.random.key(0)")
-    coordinates = table.predictor.shape[2:]
-    if len(coordinates) > x_T.ndim - 1 or np.broadcast_shapes(coordinates, x_T.shape[1:]) != x_T.shape[1:]:
-        raise ValueError(f"the solver's coefficients are for samples of shape {coordinates}, got x_T {x_T.shape}")
-    dtype = at_least_float32(x_T.dtype)
-    return dataclasses.replace(plan, table=jax.tree.map(lambda column: jnp.asarray(column, dtype), table))
+    per_leaf: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 def row_at(table: Table, index: Any) -> Table:
@@ -278,21 +147,10 @@ def append_denoising(table: Table, t: Any) -> Table:
     )
 
 
-def _combine(dtype: Any, coefficients: tuple[Any, ...], arrays: tuple[jax.Array, ...]) -> jax.Array:
-    """The linear combination of arrays, None standing for a coefficient 1, computed in float32 at least."""
-    wide = at_least_float32(dtype)
-    terms = [a.astype(wide) if c is None else c * a.astype(wide) for c, a in zip(coefficients, arrays, strict=True)]
-    return sum(terms[1:], start=terms[0]).astype(dtype)
+def pad(table: Table, rows: int) -> Table:
+    """The table with its last row repeated: rows that are never applied, of values that are no trap for gradients."""
 
+    def padded(column: Any) -> Any:
+        return namespace(column).concatenate([column, *[column[-1:]] * (rows - column.shape[0])])
 
-def _column(coefficients: jax.Array, ndim: int) -> jax.Array:
-    """(K + 1, ...) with axes of size 1 put in, so that it broadcasts against K + 1 states of `ndim` axes."""
-    count, *per_coordinate = coefficients.shape
-    return coefficients.reshape(count, *(1,) * (ndim - len(per_coordinate)), *per_coordinate)
-
-
-def _over_samples(rule: Callable[[Any, Gram], Coefficients], ndim: int) -> Callable[[Any, Gram], Coefficients]:
-    """The rule vmapped over the axes of the Gram's entries: samples, and channels where they are separate."""
-    for _ in range(ndim):
-        rule = jax.vmap(rule, in_axes=(None, 0))
-    return rule
+    return jax.tree.map(padded, table)

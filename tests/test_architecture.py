@@ -19,6 +19,7 @@ LAYERS = [
     ["schedules", "gram"],
     ["grids", "denoisers"],
     ["tables", "statistics"],
+    ["kernel"],
     ["solvers"],
     ["plans"],
     ["sampling", "stepping"],

@@ -19,7 +19,7 @@ def pushed(outputs, axes, slots):
     ring = jnp.zeros((slots, *first.shape), first.dtype)
     for i, output in enumerate(outputs):
         ring = ring.at[i % slots].set(output)
-        gram = grams.push(gram, output, ring, (i - jnp.arange(slots)) % slots, axes)
+        gram = grams.push(gram, *grams.measure(output, ring, axes, first.dtype), (i - jnp.arange(slots)) % slots)
     return gram
 
 

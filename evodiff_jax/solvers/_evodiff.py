@@ -64,7 +64,7 @@ class Steps(NamedTuple):
 
 
 @functools.cache
-def evodiff(channel_axis: int | None = -1) -> Solver:
+def evodiff(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
     """EVODiff, the default solver: one model call a step.
 
     It differs from `evodiff_reference` in what the released code gets wrong:
@@ -86,42 +86,51 @@ def evodiff(channel_axis: int | None = -1) -> Solver:
       channel_axis: the axis of the state that holds channels, whose coefficients are chosen separately as in the
         released code; None for one choice per sample as the paper writes it. States of fewer than three axes
         have no channel axis.
+      per_leaf: for states that are pytrees, whether each leaf has coefficients of its own; if not, inner products are
+        summed over the leaves, which makes one choice for the whole sample and needs channel_axis=None.
 
     Returns:
       The solver. NFE: N for N steps.
 
+    Raises:
+      ValueError: when per_leaf is False and channel_axis is not None.
+
     References:
       arXiv 2509.26096, algorithm 1.
     """
-    return Solver(
-        "evodiff",
-        functools.partial(_table, released=False),
-        functools.partial(_rule, released_probe=False, released_zeta=False),
-        channel_axis,
-    )
+    return _solver("evodiff", channel_axis, per_leaf, released=False)
 
 
 @functools.cache
-def evodiff_reference(channel_axis: int | None = -1) -> Solver:
+def evodiff_reference(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
     """EVODiff exactly as released (EDM-style, second order), for reproduction: one model call a step.
 
     Where an inner product in a denominator vanishes the released code returns NaN; here the ratio is 0.
 
     Args:
       channel_axis: as for `evodiff`; the released code has one choice per channel.
+      per_leaf: as for `evodiff`.
 
     Returns:
       The solver. NFE: N for N steps.
 
+    Raises:
+      ValueError: as `evodiff`.
+
     References:
       arXiv 2509.26096, algorithm 1, and the authors' public code.
     """
-    return Solver(
-        "evodiff_reference",
-        functools.partial(_table, released=True),
-        functools.partial(_rule, released_probe=True, released_zeta=True),
-        channel_axis,
-    )
+    return _solver("evodiff_reference", channel_axis, per_leaf, released=True)
+
+
+def _solver(name: str, channel_axis: int | None, per_leaf: bool, released: bool) -> Solver:
+    if channel_axis is not None and not per_leaf:
+        raise ValueError(
+            f"{name} with per_leaf=False sums inner products over the whole sample: "
+            f"it needs channel_axis=None, got {channel_axis}"
+        )
+    rule = functools.partial(_rule, released_probe=released, released_zeta=released)
+    return Solver(name, functools.partial(_table, released=released), rule, channel_axis, per_leaf)
 
 
 def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
