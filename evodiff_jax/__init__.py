@@ -1,6 +1,6 @@
 """Few-step sampling of diffusion and flow models in JAX: EVODiff and the solvers it is compared with."""
 
-from evodiff_jax import denoisers, grids, plans, schedules, solvers, statistics, stepping
+from evodiff_jax import denoisers, editing, grids, plans, schedules, solvers, statistics, stepping
 from evodiff_jax.plans import plan
 from evodiff_jax.sampling import Trace, sample, sample_plan, sample_with_trace
 from evodiff_jax.schedules import NoiseSchedule
@@ -14,6 +14,7 @@ __all__ = [
     "Solver",
     "Trace",
     "denoisers",
+    "editing",
     "grids",
     "plan",
     "plans",

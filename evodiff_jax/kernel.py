@@ -11,10 +11,8 @@ import numpy as np
 from evodiff_jax import gram as grams
 from evodiff_jax.gram import Gram
 from evodiff_jax.numerics import at_least_float32
+from evodiff_jax.states import State, widest
 from evodiff_jax.tables import Coefficients, Plan, Table
-
-State = Any
-"""An array (B, ...), or a pytree of arrays with one leading batch axis."""
 
 
 class Carry(NamedTuple):
@@ -62,7 +60,7 @@ def start(x: State, plan: Plan, key: jax.Array | None) -> Carry:
         for leaf in leaves if plan.per_leaf else leaves[:1]:
             axes = grams.reduced_axes(leaf.shape, plan.channel_axis)
             kept = tuple(n for axis, n in enumerate(leaf.shape) if axis not in axes)
-            initial = (*initial, grams.initial(kept, slots - 1, _wide(leaves)))
+            initial = (*initial, grams.initial(kept, slots - 1, widest(leaves)))
     return Carry(x, outputs, initial, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
 
 
@@ -109,43 +107,6 @@ def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]
     return Carry(following, outputs, gram, carry.row + 1, key), done
 
 
-def check_prediction(m: Any, x: State) -> State:
-    """The data prediction `m` for the state `x`, in its dtypes.
-
-    Raises:
-      TypeError: when it has another structure, or is not of floating-point arrays.
-      ValueError: when it has other shapes.
-    """
-    return _like_state(m, x, "denoise(x, t)")
-
-
-def check_hooked(hooked: Any, x: State) -> State:
-    """What the hook on the state made of `x`, in its dtypes; raises as `check_prediction` does."""
-    return _like_state(hooked, x, "on_state(x, t)")
-
-
-def check_state(x_T: Any) -> State:
-    """The initial state with arrays for leaves.
-
-    Raises:
-      TypeError: when a leaf is not floating-point, or there is none.
-      ValueError: when a leaf has no batch axis, or their batch axes differ.
-    """
-    leaves, structure = jax.tree.flatten(x_T)
-    if not leaves:
-        raise TypeError(f"x_T must be an array or a pytree of arrays, got {x_T!r}")
-    for leaf in leaves:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"x_T must be floating-point, got {dtype}: convert it, for example x_T.astype('float32')")
-        if np.ndim(leaf) < 1:
-            raise ValueError("x_T must have a batch axis in front, got a scalar")
-    sizes = sorted({np.shape(leaf)[0] for leaf in leaves})
-    if len(sizes) > 1:
-        raise ValueError(f"all leaves of x_T must have the same batch axis in front, got sizes {sizes}")
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
-
-
 def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
     """The plan with its table and end in the state's scalar dtype.
 
@@ -160,34 +121,9 @@ def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
     for shape in (leaf.shape for leaf in leaves):
         if len(coordinates) > len(shape) - 1 or np.broadcast_shapes(coordinates, shape[1:]) != shape[1:]:
             raise ValueError(f"the solver's coefficients are for samples of shape {coordinates}, got x_T {shape}")
-    dtype = _wide(leaves)
+    dtype = widest(leaves)
     table, end = jax.tree.map(lambda column: jnp.asarray(column, dtype), (table, plan.end))
     return dataclasses.replace(plan, table=table, end=end)
-
-
-def _like_state(value: Any, x: State, call: str) -> State:
-    leaves, structure = jax.tree.flatten(value)
-    expected, expected_structure = jax.tree.flatten(x)
-    described = "array like x" if jax.tree_util.treedef_is_leaf(expected_structure) else "array for each leaf of x"
-    if structure != expected_structure:
-        raise TypeError(
-            f"{call} must return a floating-point {described}, of structure {expected_structure}, it returned "
-            f"{type(value).__name__}, of structure {structure}"
-        )
-    for leaf in leaves:
-        if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            got = f"an array of {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
-            raise TypeError(f"{call} must return a floating-point {described}, it returned {got}")
-    shapes = [leaf.shape for leaf in leaves]
-    if shapes != [leaf.shape for leaf in expected]:
-        wanted, got = (_unwrapped([leaf.shape for leaf in side]) for side in (expected, leaves))
-        raise ValueError(f"{call} must return the shape of x, {wanted}, it returned {got}")
-    cast = [jnp.asarray(leaf, like.dtype) for leaf, like in zip(leaves, expected, strict=True)]
-    return jax.tree.unflatten(structure, cast)
-
-
-def _unwrapped(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else values
 
 
 def _choose(
@@ -252,9 +188,3 @@ def _over_samples(rule: Callable[[Any, Gram], Coefficients], ndim: int) -> Calla
     for _ in range(ndim):
         rule = jax.vmap(rule, in_axes=(None, 0))
     return rule
-
-
-def _wide(leaves: Sequence[jax.Array]) -> Any:
-    """The dtype of the scalars of a run: float64 where a leaf is, else float32."""
-    dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
-    return max(dtypes, key=lambda dtype: dtype.itemsize)

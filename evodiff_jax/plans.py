@@ -42,20 +42,14 @@ def plan(
     """
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
-    solver = evodiff() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, for example solvers.evodiff(), called, got {solver!r}")
-    checked_times = check_times(times, schedule)
-    table = solver.table(schedule, checked_times)
-    if denoise_to_zero:
-        table = append_denoising(table, checked_times[-1])
-    calls = table.time.shape[0]
-    if max_calls is not None:
-        if calls > max_calls:
-            raise ValueError(f"{solver.name} takes {calls} model calls for these times, max_calls is {max_calls}")
-        table = pad(table, max_calls)
-    end, denoises = checked_times[-1], np.bool_(denoise_to_zero)
-    return Plan(table, np.int32(calls), end, denoises, solver.rule, solver.channel_axis, solver.per_leaf)
+    solver = check_solver(solver)
+    laid_out = from_times(schedule, check_times(times, schedule), solver, denoise_to_zero)
+    calls = laid_out.table.time.shape[0]
+    if max_calls is None:
+        return laid_out
+    if calls > max_calls:
+        raise ValueError(f"{solver.name} takes {calls} model calls for these times, max_calls is {max_calls}")
+    return dataclasses.replace(laid_out, table=pad(laid_out.table, max_calls))
 
 
 def stack(plans: Sequence[Plan]) -> Plan:
@@ -94,6 +88,23 @@ def stack(plans: Sequence[Plan]) -> Plan:
     stacked = [jax.tree.map(lambda *values: namespace(*values).stack(values), *trees) for trees in (uniform, scalars)]
     table, (calls, end, denoises) = stacked
     return dataclasses.replace(plans[0], table=table, calls=calls, end=end, denoises=denoises)
+
+
+def from_times(schedule: NoiseSchedule, times: Any, solver: Solver, denoise_to_zero: bool = False) -> Plan:
+    """The plan for times as `check_times` returns them, or such times reversed."""
+    table = solver.table(schedule, times)
+    if denoise_to_zero:
+        table = append_denoising(table, times[-1])
+    calls, denoises = np.int32(table.time.shape[0]), np.bool_(denoise_to_zero)
+    return Plan(table, calls, times[-1], denoises, solver.rule, solver.channel_axis, solver.per_leaf)
+
+
+def check_solver(solver: Any) -> Solver:
+    """The solver, by default evodiff(); raises TypeError for anything else."""
+    solver = evodiff() if solver is None else solver
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, for example solvers.evodiff(), called, got {solver!r}")
+    return solver
 
 
 def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:

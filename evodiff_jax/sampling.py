@@ -14,6 +14,7 @@ from evodiff_jax import kernel
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.plans import plan as make_plan
 from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.states import as_state, check_state
 from evodiff_jax.tables import Plan, Solver, Table, pad, row_at
 
 Hook = Callable[[Any, jax.Array], Any]
@@ -108,13 +109,7 @@ def sample(
       ((64, 32, 32, 3), 'float32')
     """
     x_T, prepared = _prepare(x_T, make_plan(schedule, times, solver, denoise_to_zero), key, check_finite)
-    step = _row_step(denoise, prepared, on_state)
-    carry = kernel.start(x_T, prepared, key)
-    if remat:
-        carry = _scan_rematerialised(step, carry, prepared.table)
-    else:
-        carry = jax.lax.scan(lambda carry, row: (step(carry, row)[0], None), carry, prepared.table)[0]
-    return _result(prepared, carry, on_state)
+    return run(denoise, x_T, prepared, key, on_state, remat)
 
 
 def sample_with_trace(
@@ -212,11 +207,22 @@ def sample_plan(
     return _result(prepared, jax.lax.while_loop(lambda carry: carry.row < prepared.calls, body, start), on_state)
 
 
+def run(denoise: Denoiser, x: Any, prepared: Plan, key: Any, on_state: Hook | None, remat: bool) -> Any:
+    """All rows of a plan that `kernel.for_state` has prepared, scanned."""
+    step = _row_step(denoise, prepared, on_state)
+    carry = kernel.start(x, prepared, key)
+    if remat:
+        carry = _scan_rematerialised(step, carry, prepared.table)
+    else:
+        carry = jax.lax.scan(lambda carry, row: (step(carry, row)[0], None), carry, prepared.table)[0]
+    return _result(prepared, carry, on_state)
+
+
 def _prepare(x_T: Any, plan: Plan, key: Any, check_finite: bool) -> tuple[Any, Plan]:
     """The checked initial state, and the plan with its table in the state's scalar dtype."""
     if check_finite:
         _check_finite(x_T)
-    x_T = kernel.check_state(x_T)
+    x_T = check_state(x_T, "x_T")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times), got {plan!r}")
     return x_T, kernel.for_state(plan, x_T, key)
@@ -236,7 +242,7 @@ def _row_step(denoise: Denoiser, plan: Plan, on_state: Hook | None) -> Callable[
 
     def step(carry: kernel.Carry, row: Table) -> tuple[kernel.Carry, kernel.Row]:
         carry = carry._replace(x=_hooked(carry.x, row.time, on_state))
-        m = kernel.check_prediction(denoise(carry.x, row.time), carry.x)
+        m = as_state(denoise(carry.x, row.time), carry.x, "denoise(x, t)")
         return kernel.advance(plan, carry, row, m)
 
     return step
@@ -249,7 +255,7 @@ def _result(plan: Plan, carry: kernel.Carry, on_state: Hook | None) -> Any:
 
 
 def _hooked(x: Any, t: jax.Array, on_state: Hook | None) -> Any:
-    return x if on_state is None else kernel.check_hooked(on_state(x, t), x)
+    return x if on_state is None else as_state(on_state(x, t), x, "on_state(x, t)")
 
 
 def _scan_rematerialised(step: Callable[..., Any], carry: kernel.Carry, table: Table) -> kernel.Carry:

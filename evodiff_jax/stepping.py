@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax import kernel
 from evodiff_jax.kernel import Carry
+from evodiff_jax.states import as_state, check_state
 from evodiff_jax.tables import Plan, row_at
 
 
@@ -66,7 +67,7 @@ def init(x_T: ArrayLike, plan: Plan, key: jax.Array | None = None) -> State:
       >>> state.x.shape
       (4, 8)
     """
-    x_T = kernel.check_state(x_T)
+    x_T = check_state(x_T, "x_T")
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times), got {plan!r}")
     plan = kernel.for_state(plan, x_T, key)
@@ -90,7 +91,7 @@ def update(state: State, prediction: jax.Array) -> State:
       TypeError: when the prediction is not a floating-point array.
       ValueError: when it has another shape.
     """
-    m = kernel.check_prediction(prediction, state.x)
+    m = as_state(prediction, state.x, "denoise(x, t)")
 
     def apply(carry: Carry) -> Carry:
         return kernel.advance(state.plan, carry, row_at(state.plan.table, carry.row), m)[0]

@@ -16,6 +16,7 @@ ROOT = Path(evodiff_jax.__file__).parent
 # A module may import those of its own line and the lines above it, never one below.
 LAYERS = [
     ["numerics", "files"],
+    ["states", "preconditioning"],
     ["schedules", "gram"],
     ["grids", "denoisers"],
     ["tables", "statistics"],
@@ -23,6 +24,7 @@ LAYERS = [
     ["solvers"],
     ["plans"],
     ["sampling", "stepping"],
+    ["editing"],
     ["data", "models"],
     ["training"],
     ["cli"],

@@ -42,7 +42,7 @@ def test_the_noise_of_a_pure_noise_state_leaves_no_data():
     np.testing.assert_allclose(denoise(jnp.ones((2, 3)), jnp.float32(0.7)), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["noise", "", None, "v"])
+@pytest.mark.parametrize("prediction", ["noise", "", None, "V"])
 def test_unknown_predictions_are_named_with_what_there_is(prediction):
     with pytest.raises(ValueError, match="choose one of 'data', 'epsilon'"):
         ed.denoisers.from_prediction(lambda x, t: x, VP, prediction)

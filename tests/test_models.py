@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evodiff_jax import models
-from evodiff_jax.models import edm
+from evodiff_jax import models, preconditioning
 from evodiff_jax.models.classifier import apply_classifier
 from evodiff_jax.models.unet import UNetConfig, apply_unet, fold, unfold
 
@@ -65,7 +64,7 @@ def model():
 def test_input_and_target_have_unit_variance(sigma):
     x0 = SIGMA_DATA * normal(0, (200_000,))
     x = x0 + sigma * normal(1, x0.shape)
-    c = edm.coefficients(jnp.float32(sigma), SIGMA_DATA)
+    c = preconditioning.coefficients(jnp.float32(sigma), SIGMA_DATA)
     target = (x0 - c.c_skip * x) / c.c_out
     np.testing.assert_allclose(jnp.var(c.c_in * x), 1.0, rtol=0.02)
     np.testing.assert_allclose(jnp.var(target), 1.0, rtol=0.02)
@@ -75,7 +74,7 @@ def test_input_and_target_have_unit_variance(sigma):
 
 def test_limits_of_the_denoiser():
     x = normal(0, (3, 4, 4, 1))
-    denoise = edm.precondition(lambda x, c_noise: jnp.tanh(x) + c_noise[0], SIGMA_DATA)
+    denoise = preconditioning.precondition(lambda x, c_noise: jnp.tanh(x) + c_noise[0], SIGMA_DATA)
     np.testing.assert_allclose(denoise(x, 1e-7), x, atol=1e-5)
     np.testing.assert_allclose(denoise(x, 1e6), SIGMA_DATA * (jnp.log(1e6) / 4) * jnp.ones_like(x), rtol=1e-4)
 
@@ -88,7 +87,7 @@ def test_sigma_of_each_image():
         seen.append(c_noise)
         return jnp.sin(x)
 
-    denoise = edm.precondition(raw, SIGMA_DATA)
+    denoise = preconditioning.precondition(raw, SIGMA_DATA)
     together = denoise(x, sigma)
     np.testing.assert_allclose(seen[0], np.log([0.1, 1.0, 10.0]) / 4, rtol=1e-5)
     for i in range(3):
@@ -103,19 +102,19 @@ def test_denoiser_keeps_the_dtype_of_x():
         raw_dtypes.append(x.dtype)
         return jnp.zeros(x.shape, jnp.bfloat16)
 
-    denoise = edm.precondition(raw, SIGMA_DATA)
+    denoise = preconditioning.precondition(raw, SIGMA_DATA)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
         assert denoise(normal(0, (2, 4), dtype), 1.0).dtype == dtype
     assert raw_dtypes == [jnp.float32, jnp.float32, jnp.float64]
 
 
 def test_wrong_sigmas_are_refused():
-    denoise = edm.precondition(lambda x, c_noise: x, SIGMA_DATA)
+    denoise = preconditioning.precondition(lambda x, c_noise: x, SIGMA_DATA)
     with pytest.raises(ValueError, match=r"sigma must be a scalar or \(2,\)"):
         denoise(jnp.zeros((2, 4)), jnp.ones(3))
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="sigma_data must be positive"):
-            edm.precondition(lambda x, c_noise: x, wrong)
+            preconditioning.precondition(lambda x, c_noise: x, wrong)
 
 
 # U-Net

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evodiff_jax import models, training
+from evodiff_jax import models, preconditioning, training
 from evodiff_jax.cli.train import add_train_arguments, run_train
 from evodiff_jax.data import Dataset
-from evodiff_jax.models import checkpoint, edm
+from evodiff_jax.models import checkpoint
 from evodiff_jax.models.classifier import ClassifierConfig
 from evodiff_jax.models.objectives import diffusion_loss, edm_loss
 from evodiff_jax.models.unet import UNetConfig
@@ -55,13 +55,13 @@ def test_loss_of_known_denoisers(sigma):
     x0 = SIGMA_DATA * jax.random.normal(jax.random.key(0), (500, 64), jnp.float32)
     noise = jax.random.normal(jax.random.key(1), x0.shape, jnp.float32)
     sigmas = jnp.full((500,), sigma, jnp.float32)
-    zero = edm.precondition(lambda x, c_noise: jnp.zeros_like(x), SIGMA_DATA)
+    zero = preconditioning.precondition(lambda x, c_noise: jnp.zeros_like(x), SIGMA_DATA)
     loss = edm_loss(zero, x0, sigmas, noise, SIGMA_DATA)
     chex.assert_shape(loss, (500,))
     np.testing.assert_allclose(jnp.mean(loss), 1.0, rtol=0.03)
     # Any other linear network is worse, and a denoiser that knows x0 has no loss.
     for slope in (-0.2, 0.2):
-        other = edm.precondition(lambda x, c_noise, slope=slope: slope * x, SIGMA_DATA)
+        other = preconditioning.precondition(lambda x, c_noise, slope=slope: slope * x, SIGMA_DATA)
         assert jnp.mean(edm_loss(other, x0, sigmas, noise, SIGMA_DATA)) > jnp.mean(loss) + 0.03
     np.testing.assert_allclose(edm_loss(lambda x, s: x0, x0, sigmas, noise, SIGMA_DATA), 0.0, atol=1e-6)
 

@@ -1,7 +1,6 @@
 """Flax models: the network, its preconditioning, its file format, and the models that come with the package."""
 
 from evodiff_jax.models.classifier import Classifier, ClassifierConfig, ClassifierOutput
-from evodiff_jax.models.edm import precondition
 from evodiff_jax.models.pretrained import (
     ImageClassifier,
     Model,
@@ -11,6 +10,7 @@ from evodiff_jax.models.pretrained import (
     load_classifier,
 )
 from evodiff_jax.models.unet import UNet, UNetConfig
+from evodiff_jax.preconditioning import precondition
 
 __all__ = [
     "Classifier",

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from evodiff_jax.models import edm
 from evodiff_jax.models.classifier import ClassifierConfig, apply_classifier
 from evodiff_jax.models.unet import UNetConfig, apply_unet
+from evodiff_jax.preconditioning import precondition
 
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """loss(params, images, labels, key) -> scalar, for images (B, H, W, C) float32 and labels (B,) int32."""
@@ -69,7 +69,7 @@ def diffusion_loss(network: UNetConfig, sigma_data: float, p_mean: float, p_std:
         noise = jax.random.normal(noise_key, images.shape, images.dtype)
         dropped = jax.random.bernoulli(label_key, label_dropout, labels.shape)
         shown = jnp.where(dropped, jnp.int32(network.num_classes), labels)
-        denoise = edm.precondition(
+        denoise = precondition(
             lambda x, c_noise: apply_unet(network, params, x, c_noise, shown, dropout_key), sigma_data
         )
         return jnp.mean(edm_loss(denoise, images, sigma, noise, sigma_data))

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from evodiff_jax.models import checkpoint, edm
+from evodiff_jax.models import checkpoint
 from evodiff_jax.models.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
 from evodiff_jax.models.unet import UNet, UNetConfig, apply_unet
+from evodiff_jax.preconditioning import precondition
 
 _SUFFIX = ".safetensors"
 _CLASSIFIER = "_classifier"
@@ -119,7 +120,7 @@ def apply_denoiser(
     if label.shape not in ((), x.shape[:1]):
         raise ValueError(f"label must be a scalar or ({x.shape[0]},), got shape {label.shape}")
     label = jnp.broadcast_to(label, x.shape[:1])
-    denoise = edm.precondition(lambda scaled, c_noise: apply_unet(config, params, scaled, c_noise, label), sigma_data)
+    denoise = precondition(lambda scaled, c_noise: apply_unet(config, params, scaled, c_noise, label), sigma_data)
     return denoise(x, sigma)
 
 

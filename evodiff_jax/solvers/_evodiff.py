@@ -37,6 +37,7 @@ import numpy as np
 from evodiff_jax.gram import Gram
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.solvers._quadrature import finite
 from evodiff_jax.tables import Coefficients, Solver, Table
 
 _CLIP = 2.0
@@ -78,7 +79,8 @@ def evodiff(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
     * zeta has one form at every number of steps, where the released code has another above 20;
     * the probe has r_i = r, which makes it the usual second-order extrapolation, where the released r_i, about
       0.56 r, reaches almost twice as far;
-    * the first step is corrected by the trapezoidal rule once the model has been called at its end.
+    * the first step is corrected by the trapezoidal rule once the model has been called at its end, and so is the
+      second one where the first started at alpha = 0.
 
     What each of them is worth is measured by `benchmarks/differences.py`.
 
@@ -141,24 +143,25 @@ def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
     ones = xp.ones_like(lambda_[1:])
     sigma_ratio = sigma[1:] / sigma[:-1]
     amplitude = -alpha[1:] * xp.expm1(lambda_[:-1] - lambda_[1:])
-    # Only steps 2 .. N-1 are adaptive: what the others would make of an infinite lambda is replaced by 1.
+    # Steps 2 .. N-1 are adaptive, unless the one before starts at alpha = 0, infinitely far in lambda.
     index = np.arange(1, num_steps + 1)
-    probes = (index > 1) & (index < num_steps)
     before = np.maximum(index - 2, 0)
-    safe_lambda = xp.where(np.arange(num_steps + 1) < num_steps, lambda_, lambda_[:-1].max() + 1)
+    probes = (index > 1) & (index < num_steps) & xp.isfinite(lambda_[before])
+    safe_lambda = finite(lambda_)
     gap = safe_lambda[1:] - safe_lambda[:-1]
+    of_probes = lambda values: xp.where(probes, values, ones)  # noqa: E731
     clock = times if released else xp.exp(-lambda_)
     step = Step(
         amplitude=amplitude,
         gain=amplitude if released else amplitude / alpha[1:],
-        h=xp.where(probes, xp.exp(safe_lambda[1:]) - xp.exp(safe_lambda[:-1]), ones),
-        ratio=xp.where(probes, gap[before] / gap, ones),
+        h=of_probes(xp.exp(safe_lambda[1:]) - xp.exp(safe_lambda[:-1])),
+        ratio=of_probes(gap[before] / gap),
         weight=(1 - ((clock[1:] + clock[-1]) / (clock[0] + clock[-1])) ** 2) / 2,
-        balance=xp.sqrt(xp.where(probes, sigma_ratio / sigma_ratio[before], ones)) if released else ones,
+        balance=xp.sqrt(of_probes(sigma_ratio) / of_probes(sigma_ratio[before])) if released else ones,
         sigma_ratio=sigma_ratio,
         few_steps=ones * (num_steps <= _FEW_STEPS),
     )
-    corrects = np.concatenate([[False], probes[:-1]])
+    corrects = xp.concatenate([probes[:1], probes[:-1]])
     zero = xp.zeros_like(ones)
     transition, first, second = sigma_ratio, amplitude, zero
     if released and num_steps > 1:
@@ -168,14 +171,15 @@ def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
         transition = scale * sigma_ratio
         first = scale * amplitude + xp.where(last, amplitude / 2, 0.0)
         second = xp.where(last, -amplitude / 2 * (1 - root / 2), 0.0)
-    # Row 1 knows both ends of the first step, which was DDIM.
-    trapezoid = xp.where(np.arange(num_steps) == 1, zero if released else amplitude[:1] / 2, 0.0)
+    # A row knows both ends of the step before it; those that were plain DDIM get the trapezoidal rule.
+    plain = ~corrects & (index > 1) & (not released)
+    trapezoid = xp.where(plain, amplitude[index - 2] / 2, 0.0)
     return Table(
         time=times[:-1],
         transition=transition,
         predictor=xp.stack([first, second, zero], axis=-1),
         corrector=xp.stack([trapezoid, -trapezoid, zero], axis=-1),
-        adaptive=np.stack([corrects, probes], axis=-1).astype(np.float64),
+        adaptive=xp.stack([corrects, probes], axis=-1) * ones[:, None],
         rule=Steps(jax.tree.map(lambda a: a[before], step), step),
     )
 

@@ -34,7 +34,7 @@ def coefficients(sigma: ArrayLike, sigma_data: float) -> Coefficients:
     """Evaluates Table 1's preconditioning at `sigma`, in float32 or wider.
 
     Args:
-        sigma: noise level, above 0, any shape.
+        sigma: noise level, at least 0, any shape.
         sigma_data: standard deviation of the data.
 
     Returns:
@@ -47,7 +47,8 @@ def coefficients(sigma: ArrayLike, sigma_data: float) -> Coefficients:
         c_skip=jnp.square(sigma_data / norm),
         c_out=sigma * sigma_data / norm,
         c_in=1.0 / norm,
-        c_noise=jnp.log(sigma) / 4.0,
+        # At sigma = 0, where c_out is 0, the network's input is still to be finite.
+        c_noise=jnp.log(jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)) / 4.0,
     )
 
 

@@ -1,0 +1,74 @@
+"""Networks as functions of their parameters, and a count of their evaluations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from evodiff_jax.denoisers._prediction import Denoiser
+from evodiff_jax.states import State, batch_size
+
+
+def split_nnx(module: Any) -> tuple[Callable[..., Any], Any]:
+    """Splits a Flax NNX module into a pure function and its parameters, which can be an argument of a jitted one.
+
+    What a call changes in the module, such as random streams or running means, is dropped; put the module in
+    evaluation mode first, `module.eval()`.
+
+    Args:
+      module: a `flax.nnx.Module`.
+
+    Returns:
+      fn(state, *args) = module(*args), and the state, a pytree with all of the module's arrays.
+
+    Raises:
+      TypeError: when it is no NNX module.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> fn, params = split_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> jax.jit(fn)(params, jnp.ones((4, 2))).shape
+      (4, 3)
+    """
+    from flax import nnx
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"split_nnx needs a flax.nnx.Module, got {module!r}")
+    definition, state = nnx.split(module)
+
+    def fn(state: Any, *args: Any) -> Any:
+        # Merged anew in every call: a module may only be changed in the trace that it was made in.
+        return nnx.merge(definition, state)(*args)
+
+    return fn, state
+
+
+def counted(fn: Denoiser, on_call: Callable[[int], Any]) -> Denoiser:
+    """The same function, which tells the host of every evaluation when the program runs.
+
+    Around `denoise` it counts model calls (NFE), around the network within guidance network evaluations, which can be
+    twice as many. For tests and benchmarks: it keeps JAX from reordering the calls.
+
+    Args:
+      fn: fn(x, t, ...) of a batch x.
+      on_call: on_call(B), called on the host with the size of the batch at each evaluation.
+
+    Returns:
+      fn with the count. Wait with `jax.effects_barrier()` before you read it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sizes = []
+      >>> y = jax.jit(counted(lambda x, t: x, sizes.append))(jnp.zeros((4, 8)), 0.5)
+      >>> jax.effects_barrier()
+      >>> sizes
+      [4]
+    """
+
+    def counting(x: State, *args: Any) -> Any:
+        size = batch_size(x)
+        jax.debug.callback(lambda: on_call(size))
+        return fn(x, *args)
+
+    return counting

@@ -1,0 +1,95 @@
+"""What a state is, an array or a pytree of arrays with one leading batch axis, and checks of what stands beside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evodiff_jax.numerics import at_least_float32
+
+State = Any
+"""An array (B, ...), or a pytree of arrays with one leading batch axis."""
+
+
+def check_state(x: Any, name: str) -> State:
+    """The state with arrays for leaves.
+
+    Raises:
+      TypeError: when a leaf is not floating-point, or there is none.
+      ValueError: when a leaf has no batch axis, or their batch axes differ.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    if not leaves:
+        raise TypeError(f"{name} must be an array or a pytree of arrays, got {x!r}")
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(f"{name} must be an array or a pytree of arrays, got a leaf {leaf!r}")
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating-point, got {dtype}: convert it, for example with astype(float)")
+        if np.ndim(leaf) < 1:
+            raise ValueError(f"{name} must have a batch axis in front, got a scalar")
+    sizes = sorted({np.shape(leaf)[0] for leaf in leaves})
+    if len(sizes) > 1:
+        raise ValueError(f"all leaves of {name} must have the same batch axis in front, got sizes {sizes}")
+    return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def check_like(value: Any, x: State, call: str) -> State:
+    """What the function described by `call` returned for the state `x`, if it is floating-point arrays of its shapes.
+
+    Raises:
+      TypeError: when it has another structure, or is not of floating-point arrays.
+      ValueError: when it has other shapes.
+    """
+    leaves, structure = jax.tree.flatten(value)
+    expected, expected_structure = jax.tree.flatten(x)
+    described = "array like x" if jax.tree_util.treedef_is_leaf(expected_structure) else "array for each leaf of x"
+    if structure != expected_structure:
+        raise TypeError(
+            f"{call} must return a floating-point {described}, of structure {expected_structure}, it returned "
+            f"{type(value).__name__}, of structure {structure}"
+        )
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array | np.ndarray) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            got = f"an array of {leaf.dtype}" if hasattr(leaf, "dtype") else type(leaf).__name__
+            raise TypeError(f"{call} must return a floating-point {described}, it returned {got}")
+    shapes = [leaf.shape for leaf in leaves]
+    if shapes != [leaf.shape for leaf in expected]:
+        wanted, got = (_unwrapped([leaf.shape for leaf in side]) for side in (expected, leaves))
+        raise ValueError(f"{call} must return the shape of x, {wanted}, it returned {got}")
+    return value
+
+
+def as_state(value: Any, x: State, call: str) -> State:
+    """As `check_like`, in the dtypes of `x`."""
+    return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), check_like(value, x, call), x)
+
+
+def batch_size(x: State) -> int:
+    """The number of samples in a state."""
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def per_sample(values: Any, x: State, name: str, dtype: Any) -> State:
+    """A number, or one for every sample (B,), as a pytree like `x` of arrays that broadcast against its leaves.
+
+    Raises:
+      ValueError: when it is of another shape.
+    """
+    values = jnp.asarray(values, dtype)
+    if values.shape not in ((), (batch_size(x),)):
+        raise ValueError(f"{name} must be a number or one for each of the {batch_size(x)} samples, got {values.shape}")
+    return jax.tree.map(lambda leaf: values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim)), x)
+
+
+def widest(leaves: Sequence[jax.Array]) -> Any:
+    """The dtype of the scalars of a run: float64 where a leaf is, else float32."""
+    dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _unwrapped(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
