@@ -1,4 +1,6 @@
-"""Editing with a sampler: noise for image-to-image, deterministic inversion from data to noise, interpolation."""
+"""Editing with a sampler: noise for image-to-image, inpainting, inversion from data to noise, interpolation."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,22 @@ from jax.typing import ArrayLike
 from evodiff_jax import kernel, plans
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.numerics import at_least_float32, on_host
-from evodiff_jax.sampling import run
+from evodiff_jax.sampling import Hook, run
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.states import State, check_state, per_sample, widest
+from evodiff_jax.states import State, as_state, check_state, per_sample, widest
 from evodiff_jax.tables import Solver
+
+
+class Inpainting(NamedTuple):
+    """What `inpaint` returns, to be given to `sample`.
+
+    Attributes:
+      denoise: the data prediction, which is the known data in the known region.
+      on_state: the hook on the state, which puts them there with the noise of the current level.
+    """
+
+    denoise: Denoiser
+    on_state: Hook
 
 
 def add_noise(x_0: State, t: ArrayLike, schedule: NoiseSchedule, key: jax.Array) -> State:
@@ -39,25 +53,84 @@ def add_noise(x_0: State, t: ArrayLike, schedule: NoiseSchedule, key: jax.Array)
       >>> x = ed.sample(lambda x, t: x / (1 + t**2), x, times, schedule)
     """
     x_0 = check_state(x_0, "x_0")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    _check(schedule, key)
     if np.ndim(t) != 0:
         raise ValueError(f"t must be a scalar, got shape {np.shape(t)}")
     if not isinstance(t, Tracer) and not schedule.t_min <= float(np.asarray(t)) <= schedule.t_max * (1 + 1e-6):
         raise ValueError(f"t must be within the schedule's {schedule.t_min:g} to {schedule.t_max:g}, got {t}")
-    if key is None:
-        raise TypeError("key must be a JAX random key, for example jax.random.key(0), got None")
-    leaves, structure = jax.tree.flatten(x_0)
-    t = jnp.asarray(t, widest(leaves))
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return _noisy(x_0, jnp.asarray(t, widest(jax.tree.leaves(x_0))), schedule, key)
 
-    def noisy(x: jax.Array, key: jax.Array) -> jax.Array:
-        wide = at_least_float32(x.dtype)
-        noise = jax.random.normal(key, x.shape, wide)
-        return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
 
-    keys = [key] if len(leaves) == 1 else jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
+def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule, key: jax.Array) -> Inpainting:
+    """Keeps a known region and lets the network fill in the rest, with every solver.
+
+    Before every model call the state in the known region is set to the known data with the noise of the current
+    level, alpha(t) known + sigma(t) eps with one eps for the run, and the data prediction there to the known data. The
+    rest comes out near its distribution given the known region, not exactly in it, however many steps are taken.
+
+    Args:
+      denoise: denoise(x, t) -> x_0.
+      known: the known data, of the state's structure and shapes, or one sample with a batch axis of 1; values outside
+        the mask are not used.
+      mask: booleans, True where known, that broadcast against each leaf of the state: (H, W, 1) or (B, H, W, 1) for
+        images (B, H, W, C); for a pytree one array for all leaves, or a pytree like it.
+      schedule: the noise schedule.
+      key: a JAX random key, for eps.
+
+    Returns:
+      The denoiser and the hook for `sample(..., on_state=...)`.
+
+    Raises:
+      TypeError: when the mask is not boolean, known is not floating-point, the schedule is something else, or key is
+        None; when called, when the structures of known, mask and state differ.
+      ValueError: when known has no batch axis; when called, when known or the mask does not broadcast to the state.
+
+    References:
+      Lugmayr et al. 2022 (RePaint), arXiv 2201.09865, Eq. 8, without its resampling.
+
+    Example:
+      >>> import jax, evodiff_jax as ed
+      >>> schedule = ed.schedules.edm()
+      >>> times, key = ed.grids.log_snr(schedule, 10), jax.random.key(0)
+      >>> x_T = schedule.t_max * jax.random.normal(key, (4, 8))
+      >>> known, mask = jax.numpy.ones((4, 8)), jax.numpy.arange(8) < 3
+      >>> denoise, on_state = inpaint(lambda x, t: x / (1 + t**2), known, mask, schedule, key)
+      >>> x = ed.sample(denoise, x_T, times, schedule, on_state=on_state)
+    """
+    known = check_state(known, "known")
+    _check(schedule, key)
+    for leaf in jax.tree.leaves(mask) or [mask]:
+        if not isinstance(leaf, np.ndarray | jax.Array | bool) or jnp.result_type(leaf) != jnp.bool_:
+            got = getattr(leaf, "dtype", leaf)
+            raise TypeError(f"mask must be an array of booleans, True where known, got {got}: for example mask > 0.5")
+
+    def put(values: State, x: State) -> State:
+        """The values where known, x elsewhere."""
+        one_for_all = jax.tree_util.treedef_is_leaf(jax.tree.structure(mask))
+        return jax.tree.map(jnp.where, jax.tree.map(lambda _: mask, x) if one_for_all else mask, values, x)
+
+    def like(x: State) -> State:
+        """The known data in the shapes and dtypes of x."""
+        for name, value in (("known", known), ("mask", mask)):
+            structure, of_x = jax.tree.structure(value), jax.tree.structure(x)
+            if name == "mask" and jax.tree_util.treedef_is_leaf(structure):
+                value = jax.tree.map(lambda _: mask, x)
+            elif structure != of_x:
+                raise TypeError(f"{name} must have the structure of the state, {of_x}, got {structure}")
+            for leaf, of_state in zip(jax.tree.leaves(value), jax.tree.leaves(x), strict=True):
+                if not _broadcasts(np.shape(leaf), of_state.shape):
+                    raise ValueError(
+                        f"{name} must broadcast to the state, of shape {of_state.shape}, got shape {np.shape(leaf)}"
+                    )
+        return jax.tree.map(lambda k, of_x: jnp.broadcast_to(k, of_x.shape).astype(of_x.dtype), known, x)
+
+    def inpainted(x: State, t: Any, *conditions: Any) -> State:
+        return put(like(x), as_state(denoise(x, t, *conditions), x, "denoise(x, t)"))
+
+    def on_state(x: State, t: Any) -> State:
+        return put(_noisy(like(x), t, schedule, key), x)
+
+    return Inpainting(inpainted, on_state)
 
 
 def invert(
@@ -81,7 +154,7 @@ def invert(
 
     Raises:
       TypeError: as `sample`.
-      ValueError: as `sample`, or when the solver is stochastic or sigma is 0 at times[-1].
+      ValueError: as `sample`, or when the solver is stochastic, sigma is 0 at times[-1] or alpha is 0 at times[0].
 
     References:
       Song, Meng, Ermon, arXiv 2010.02502, section 4.3; Dhariwal & Nichol, arXiv 2105.05233, appendix F.
@@ -91,10 +164,10 @@ def invert(
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
     solver = plans.check_solver(solver)
     upwards = plans.check_times(times, schedule)[::-1]
-    if isinstance(upwards, np.ndarray) and on_host(schedule.sigma, upwards[0]) == 0:
+    if isinstance(upwards, np.ndarray) and not np.isfinite(on_host(schedule.lambda_, upwards[[0, -1]])).all():
         raise ValueError(
-            f"sigma is 0 at times[-1] = {upwards[0]:g}, where noise cannot be told from data: end the times before, "
-            "for example with a grid's end"
+            f"invert needs sigma > 0 at times[-1] = {upwards[0]:g} and alpha > 0 at times[0] = {upwards[-1]:g}, where "
+            "data and noise are told apart: choose times within, for example with a grid's start and end"
         )
     plan = plans.from_times(schedule, upwards, solver)
     if plan.table.noise is not None:
@@ -146,6 +219,33 @@ def slerp(x_a: State, x_b: State, weight: ArrayLike) -> State:
         return (from_a * wide_a + from_b * wide_b).astype(a.dtype)
 
     return jax.tree.map(interpolate, x_a, x_b, weights)
+
+
+def _check(schedule: Any, key: Any) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    if key is None:
+        raise TypeError("key must be a JAX random key, for example jax.random.key(0), got None")
+
+
+def _noisy(x_0: State, t: jax.Array, schedule: NoiseSchedule, key: jax.Array) -> State:
+    leaves, structure = jax.tree.flatten(x_0)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+
+    def noisy(x: jax.Array, key: jax.Array) -> jax.Array:
+        wide = at_least_float32(x.dtype)
+        noise = jax.random.normal(key, x.shape, wide)
+        return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
+
+    keys = [key] if len(leaves) == 1 else jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

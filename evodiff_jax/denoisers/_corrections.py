@@ -1,14 +1,13 @@
-"""Corrections of the data prediction: values kept in their range, known regions kept as they are."""
+"""Corrections of the data prediction that keep its values in the range of the data."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from evodiff_jax.denoisers._prediction import Denoiser
 from evodiff_jax.numerics import at_least_float32
-from evodiff_jax.states import State, check_like, check_state
+from evodiff_jax.states import State, check_like
 
 
 def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
@@ -70,60 +69,6 @@ def dynamic_threshold(denoise: Denoiser, percentile: float = 99.5, limit: float 
         return jax.tree.map(threshold, _checked(denoise(x, t, *conditions), x))
 
     return thresholded
-
-
-def inpaint(denoise: Denoiser, known: State, mask: Any) -> Denoiser:
-    """Keeps a known region: there the data prediction is what is known, elsewhere what the network fills in.
-
-    Solvers carry a constant prediction exactly, so that at every time the state in the known region is
-    alpha(t) known + sigma(t) eps, the known data with the noise of the current level, whatever the schedule, grid and
-    solver (save `evodiff_reference`, whose last step scales the state). The eps is x_T's, or a stochastic solver's.
-
-    Args:
-      denoise: denoise(x, t) -> x_0.
-      known: the known data, of x's structure, shapes and dtypes (or one sample with a batch axis of 1); values
-        outside the mask are not used.
-      mask: booleans, True where known, that broadcast against each leaf of x: (H, W, 1) or (B, H, W, 1) for images
-        (B, H, W, C); for a pytree one array for all leaves, or a pytree like x.
-
-    Returns:
-      denoise(x, t).
-
-    Raises:
-      TypeError: when the mask is not boolean, or known is not floating-point.
-      ValueError: when known has no batch axis; when called, when known or the mask does not broadcast to x.
-    """
-    known = check_state(known, "known")
-    for leaf in jax.tree.leaves(mask) or [mask]:
-        if not isinstance(leaf, np.ndarray | jax.Array | bool) or jnp.result_type(leaf) != jnp.bool_:
-            got = getattr(leaf, "dtype", leaf)
-            raise TypeError(f"mask must be an array of booleans, True where known, got {got}: for example mask > 0.5")
-
-    def inpainted(x: State, t: Any, *conditions: Any) -> State:
-        structure = jax.tree.structure(x)
-        if jax.tree.structure(known) != structure:
-            raise TypeError(f"known must have the structure of x, {structure}, got {jax.tree.structure(known)}")
-        one_for_all = jax.tree_util.treedef_is_leaf(jax.tree.structure(mask))
-        masks = jax.tree.map(lambda _: mask, x) if one_for_all else mask
-        if jax.tree.structure(masks) != structure:
-            raise TypeError(f"mask must be one array or of the structure of x, {structure}, got {mask!r}")
-
-        def keep(m: jax.Array, known: jax.Array, mask: Any) -> jax.Array:
-            for name, array in (("known", known), ("mask", mask)):
-                if not _broadcasts(np.shape(array), m.shape):
-                    raise ValueError(f"{name} must broadcast to x, of shape {m.shape}, got shape {np.shape(array)}")
-            return jnp.where(mask, known.astype(m.dtype), m)
-
-        return jax.tree.map(keep, _checked(denoise(x, t, *conditions), x), known, masks)
-
-    return inpainted
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False
 
 
 def _checked(output: Any, x: State) -> State:

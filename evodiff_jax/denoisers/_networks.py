@@ -37,11 +37,14 @@ def split_nnx(module: Any) -> tuple[Callable[..., Any], Any]:
         raise TypeError(f"split_nnx needs a flax.nnx.Module, got {module!r}")
     definition, state = nnx.split(module)
 
-    def fn(state: Any, *args: Any) -> Any:
-        # Merged anew in every call: a module may only be changed in the trace that it was made in.
-        return nnx.merge(definition, state)(*args)
+    def remade(state: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf, state)
 
-    return fn, state
+    def fn(state: Any, *args: Any) -> Any:
+        # A module may only be changed in the trace in which its variables were made: here, in the loop over steps.
+        return nnx.merge(definition, remade(state))(*args)
+
+    return fn, remade(state)
 
 
 def counted(fn: Denoiser, on_call: Callable[[int], Any]) -> Denoiser:
