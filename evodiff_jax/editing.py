@@ -163,16 +163,17 @@ def invert(
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
     solver = plans.check_solver(solver)
-    upwards = plans.check_times(times, schedule)[::-1]
+    downwards = plans.check_times(times, schedule)
+    if solver.table(schedule, downwards).noise is not None:
+        raise ValueError(f"invert needs a deterministic solver, got {solver.name}, which adds noise")
+    upwards = downwards[::-1]
     if isinstance(upwards, np.ndarray) and not np.isfinite(on_host(schedule.lambda_, upwards[[0, -1]])).all():
         raise ValueError(
             f"invert needs sigma > 0 at times[-1] = {upwards[0]:g} and alpha > 0 at times[0] = {upwards[-1]:g}, where "
             "data and noise are told apart: choose times within, for example with a grid's start and end"
         )
-    plan = plans.from_times(schedule, upwards, solver)
-    if plan.table.noise is not None:
-        raise ValueError(f"invert needs a deterministic solver, got {solver.name}, which adds noise")
-    return run(denoise, x_0, kernel.for_state(plan, x_0, None), None, None, remat=False)
+    plan = kernel.for_state(plans.from_times(schedule, upwards, solver), x_0, None)
+    return run(denoise, x_0, plan, None, None, remat=False)
 
 
 def slerp(x_a: State, x_b: State, weight: ArrayLike) -> State:
