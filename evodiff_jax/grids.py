@@ -229,11 +229,11 @@ def leading(
       num_steps: the number of steps N, at least 1.
       offset: what is added to the timesteps: 1 for Stable Diffusion. 0 reaches index 0, after which there is only the
         end at sigma = 0 of a schedule made with t_min=-1.
-      start: the run begins with the first timestep that is not above it; by default all are used.
-      end: the last time, by default t_min.
+      start: timesteps above it are left out.
+      end: the last time, by default t_min; timesteps that are not above one given here are left out.
 
     Returns:
-      Decreasing times, float64: N + 1 without `start`, fewer with it.
+      Decreasing times, float64: N + 1, fewer for a part.
 
     Raises:
       ValueError: as `time_uniform`, or when the schedule is not discrete, N is above its number of timesteps, or the
@@ -256,11 +256,11 @@ def trailing(
     Args:
       schedule: a schedule with `num_timesteps`, from `schedules.discrete`.
       num_steps: the number of steps N, at least 1.
-      start: the run begins with the first timestep that is not above it; by default all are used.
-      end: the last time, by default t_min.
+      start: timesteps above it are left out.
+      end: the last time, by default t_min; timesteps that are not above one given here are left out.
 
     Returns:
-      Decreasing times, float64: N + 1 without `start`, fewer with it.
+      Decreasing times, float64: N + 1, fewer for a part.
 
     Raises:
       ValueError: as `leading`.
@@ -391,9 +391,12 @@ def _discrete(schedule: NoiseSchedule, grid: str, num_steps: int) -> int:
 
 
 def _timesteps(schedule: NoiseSchedule, steps: np.ndarray, start: float | None, end: float | None) -> np.ndarray:
+    """The timesteps between the ends, and the end; without a part asked for, all of them or an error."""
+    whole = start is None and end is None
     start, end = _ends(schedule, start, end)
-    times = np.append(np.asarray(steps, np.float64)[steps <= start], end)
-    if times.size < 2 or not (np.diff(times) < 0).all() or (start == schedule.t_max and times.size <= steps.size):
+    kept = steps if whole else steps[(steps <= start) & (steps > end)]
+    times = np.append(np.asarray(kept, np.float64), end)
+    if times.size < 2 or times[0] > schedule.t_max or not (np.diff(times) < 0).all():
         raise ValueError(
             f"the timesteps {steps[0]:g} .. {steps[-1]:g} and the end {end:g} must decrease within the schedule's "
             f"{schedule.t_min:g} to {schedule.t_max:g}: choose another offset, or make the schedule with t_min=-1"

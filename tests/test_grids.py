@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 from exact_models import SCHEDULES
 
 import evodiff_jax as ed
@@ -29,6 +30,78 @@ def test_spacings():
     np.testing.assert_allclose(ed.grids.karras(edm, 9), published, rtol=1e-13)
     np.testing.assert_allclose(np.diff(ed.grids.time_uniform(vp, 9)), -0.999 / 9)
     np.testing.assert_allclose(np.diff(np.sqrt(ed.grids.time_quadratic(vp, 9))), (np.sqrt(1e-3) - 1) / 9)
+
+
+DISCRETE = ed.schedules.discrete(ed.schedules.scaled_linear_betas())
+TO_ZERO = ed.schedules.discrete(ed.schedules.scaled_linear_betas(), t_min=-1)
+
+
+def test_spacings_of_k_diffusion():
+    edm, i = SCHEDULES["edm"], np.arange(10)
+    ramp = 1 - i / 9
+    np.testing.assert_allclose(ed.grids.exponential(edm, 9), 0.002 * (80 / 0.002) ** ramp, rtol=1e-12)
+    published = np.exp(ramp**2 * (np.log(80) - np.log(0.002)) + np.log(0.002))
+    np.testing.assert_allclose(ed.grids.polyexponential(edm, 9, rho=2.0), published, rtol=1e-12)
+
+
+def test_the_beta_grid_has_the_quantiles_of_its_distribution():
+    flow = ed.schedules.flow(t_min=0.0, t_max=1.0)
+    quantiles = scipy.stats.beta.ppf(1 - np.arange(10) / 9, 0.6, 0.6)
+    np.testing.assert_allclose(ed.grids.beta(flow, 9), quantiles, rtol=1e-9)
+    np.testing.assert_allclose(ed.grids.beta(flow, 9, 1.0, 1.0), ed.grids.time_uniform(flow, 9), atol=1e-12)
+
+
+def test_sgm_uniform_leaves_the_lowest_level_out_before_sigma_0():
+    published = np.append(np.linspace(999, 0, 11)[:-1], -1)
+    np.testing.assert_allclose(ed.grids.sgm_uniform(TO_ZERO, 10), published)
+    vp = SCHEDULES["vp_linear"]
+    np.testing.assert_array_equal(ed.grids.sgm_uniform(vp, 10), ed.grids.time_uniform(vp, 10))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 50, 333])
+def test_leading_and_trailing_timesteps_are_the_published_ones(steps):
+    ratio = 1000 // steps
+    leading = (np.arange(steps) * ratio)[::-1]
+    np.testing.assert_array_equal(ed.grids.leading(TO_ZERO, steps), [*leading, -1])
+    np.testing.assert_array_equal(ed.grids.leading(DISCRETE, steps, offset=1), [*(leading + 1), 0])
+    trailing = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
+    np.testing.assert_array_equal(ed.grids.trailing(TO_ZERO, steps), [*trailing, -1])
+    assert ed.grids.trailing(DISCRETE, 10)[0] == 999
+
+
+def test_leading_and_trailing_run_over_a_part():
+    np.testing.assert_array_equal(ed.grids.trailing(DISCRETE, 10, start=450), [399, 299, 199, 99, 0])
+    np.testing.assert_array_equal(ed.grids.leading(DISCRETE, 10, 1, start=450, end=50), [401, 301, 201, 101, 50])
+
+
+def test_leading_without_an_end_below_index_0_is_an_error():
+    with pytest.raises(ValueError, match="choose another offset, or make the schedule with t_min=-1"):
+        ed.grids.leading(DISCRETE, 10)
+
+
+@grids
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), ed.schedules.flow(3.0), DISCRETE], ids=range(4))
+def test_grids_run_over_any_part_of_a_schedule(grid, schedule):
+    start, end = (schedule.t_min + f * (schedule.t_max - schedule.t_min) for f in (0.8, 0.1))
+    times = grid(schedule, 6, start=start, end=end)
+    assert (times[0], times[-1], times.size) == (start, end, 7)
+    assert np.all(np.diff(times) < 0)
+
+
+def test_your_own_noise_levels():
+    vp = SCHEDULES["vp_linear"]
+    times = ed.grids.from_sigmas(vp, [100.0, 3.0, 0.1])
+    np.testing.assert_allclose(np.exp(-vp.lambda_(times)), [100, 3, 0.1], rtol=1e-12)
+    edm = ed.schedules.edm(0.0)
+    np.testing.assert_allclose(ed.grids.from_sigmas(edm, [80.0, 2.0, 0.0]), [80, 2, 0], rtol=1e-14)
+
+
+def test_strength_is_the_fraction_of_the_steps_that_are_run():
+    times = ed.grids.log_snr(SCHEDULES["edm"], 10)
+    for strength, steps in ((1.0, 10), (0.75, 8), (0.5, 5), (0.3, 3), (0.01, 1)):
+        part = ed.grids.last_steps(times, strength)
+        assert part.size == steps + 1
+        np.testing.assert_array_equal(part, times[-steps - 1 :])
 
 
 def test_karras_tends_to_log_snr_as_rho_grows():

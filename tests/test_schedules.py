@@ -12,31 +12,162 @@ import evodiff_jax as ed
 from evodiff_jax.numerics import on_host
 
 CUSTOM = ed.NoiseSchedule(lambda t: jnp.cos(t), lambda t: jnp.sin(t), t_min=0.01, t_max=1.5)
-ALL = {**SCHEDULES, "custom": CUSTOM}
+STABLE_DIFFUSION = ed.schedules.scaled_linear_betas()
+CUMPROD = np.cumprod(1 - STABLE_DIFFUSION)
+ALL = {
+    **SCHEDULES,
+    "custom": CUSTOM,
+    "ve": ed.schedules.ve(),
+    "vp_cosine": ed.schedules.vp_cosine(),
+    "vp_cosine to alpha 0": ed.schedules.vp_cosine(t_min=0.0, t_max=1.0),
+    "sub_vp": ed.schedules.sub_vp(),
+    "flow": ed.schedules.flow(),
+    "flow shifted": ed.schedules.flow(3.0, t_min=0.0, t_max=1.0),
+    "flow for a resolution": ed.schedules.flow(ed.schedules.resolution_shift(128 * 128, 64 * 64)),
+    "flow for a sequence": ed.schedules.flow(ed.schedules.sequence_shift(1024)),
+    "discrete linear": ed.schedules.discrete(ed.schedules.linear_betas()),
+    "discrete scaled linear": ed.schedules.discrete(STABLE_DIFFUSION),
+    "discrete cosine": ed.schedules.discrete(ed.schedules.cosine_betas()),
+    "discrete to sigma 0": ed.schedules.discrete(alphas_cumprod=CUMPROD, t_min=-1),
+    "discrete zero terminal": ed.schedules.discrete(alphas_cumprod=ed.schedules.zero_terminal_snr(CUMPROD), t_min=-1),
+    "from a log-SNR": ed.schedules.from_log_snr(lambda t: 10 - 20 * t, 0.0, 1.0),
+}
 schedules = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL)
+
+
+def inner(schedule, count):
+    """Times of a finite log-SNR."""
+    return np.linspace(schedule.t_min, schedule.t_max, count + 2)[1:-1]
 
 
 @schedules
 def test_time_inverts_lambda_to_round_off_on_the_host(schedule):
-    times = np.linspace(schedule.t_min, schedule.t_max, 2001)
-    np.testing.assert_allclose(on_host(schedule.time, schedule.levels(times).lambda_), times, rtol=2e-15 * 16)
+    times = inner(schedule, 2001)
+    recovered = on_host(schedule.time, schedule.levels(times).lambda_)
+    np.testing.assert_allclose(recovered, times, rtol=1e-13, atol=1e-13 * schedule.t_max)
 
 
 @schedules
 def test_time_inverts_lambda_in_float32(schedule):
-    times = jnp.linspace(schedule.t_min, schedule.t_max, 501, dtype=jnp.float32)
+    times = jnp.asarray(inner(schedule, 2001), jnp.float32)
     recovered = jax.jit(lambda t: schedule.time(schedule.lambda_(t)))(times)
     assert recovered.dtype == jnp.float32
-    # A relative error e of float32 in alpha / sigma moves t by e / |d lambda / dt|.
-    slope = np.abs(np.gradient(schedule.levels(np.asarray(times, np.float64)).lambda_, np.asarray(times, np.float64)))
-    assert np.all(np.abs(recovered - times) < 1e-6 * (times + 4 / slope))
+    np.testing.assert_allclose(recovered, times, rtol=0, atol=1e-6 * schedule.t_max)
 
 
 @schedules
 def test_log_snr_decreases_and_is_log_alpha_over_sigma(schedule):
-    alpha, sigma, lambda_ = schedule.levels(np.linspace(schedule.t_min, schedule.t_max, 999))
+    times = inner(schedule, 20_001)
+    alpha, sigma, lambda_ = schedule.levels(times)
     assert np.all(np.diff(lambda_) < 0)
     np.testing.assert_allclose(alpha / sigma, np.exp(lambda_), rtol=1e-13)
+    in_float32 = jax.jit(schedule.lambda_)(jnp.asarray(times[::100], jnp.float32))
+    assert np.all(np.diff(in_float32) < 0)
+    np.testing.assert_allclose(in_float32, lambda_[::100], rtol=2e-4, atol=2e-5)
+
+
+@schedules
+def test_levels_in_float32_are_those_of_float64(schedule):
+    times = inner(schedule, 999).astype(np.float32)
+    expected = schedule.levels(times.astype(np.float64))
+    for level, exact in ((schedule.alpha, expected.alpha), (schedule.sigma, expected.sigma)):
+        # Times near an end are rounded themselves: 1 - t has the absolute precision of t.
+        np.testing.assert_allclose(jax.jit(level)(times), exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n.startswith(("vp", "discrete", "from", "custom"))])
+def test_variance_preserving_schedules_preserve_it(name):
+    alpha, sigma, _ = ALL[name].levels(inner(ALL[name], 999))
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-13)
+
+
+def test_ve_is_geometric():
+    t = np.linspace(0, 1, 11)
+    alpha, sigma, _ = ed.schedules.ve(0.02, 100.0).levels(t)
+    np.testing.assert_array_equal(alpha, 1)
+    np.testing.assert_allclose(sigma, 0.02 * (100 / 0.02) ** t, rtol=1e-14)
+
+
+def test_sub_vp_has_the_square_of_the_noise_of_vp():
+    t = np.linspace(1e-3, 1, 11)
+    vp, sub = SCHEDULES["vp_linear"].levels(t), ed.schedules.sub_vp().levels(t)
+    np.testing.assert_allclose(sub.alpha, vp.alpha, rtol=1e-14)
+    np.testing.assert_allclose(sub.sigma, vp.sigma**2, rtol=1e-13)
+
+
+def test_the_cosine_schedule_is_the_published_one():
+    t = np.linspace(1e-3, 0.99, 11)
+    f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+    f_0 = np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(ed.schedules.vp_cosine().alpha(t) ** 2, f / f_0, rtol=1e-13)
+
+
+def test_flow_is_a_straight_line_whose_time_is_shifted():
+    t = np.linspace(0, 1, 11)
+    straight = ed.schedules.flow(t_min=0.0, t_max=1.0)
+    np.testing.assert_allclose(straight.sigma(t), t, rtol=1e-15)
+    np.testing.assert_allclose(straight.alpha(t), 1 - t, rtol=1e-15)
+    shifted = ed.schedules.flow(3.0, t_min=0.0, t_max=1.0)
+    np.testing.assert_allclose(shifted.sigma(t), 3 * t / (1 + 2 * t), rtol=1e-14)
+    np.testing.assert_allclose(shifted.alpha(t) + shifted.sigma(t), 1, rtol=1e-14)
+
+
+def test_shifts_for_resolutions_and_sequences():
+    """A shift s lowers the signal-to-noise ratio of every time by s^2, as a larger image has more of it."""
+    assert ed.schedules.resolution_shift(4 * 256, 256) == 2.0
+    assert ed.schedules.sequence_shift(256) == pytest.approx(np.exp(0.5))
+    assert ed.schedules.sequence_shift(4096) == pytest.approx(np.exp(1.15))
+    t = np.linspace(0.1, 0.9, 9)
+    shift = ed.schedules.sequence_shift(1000)
+    moved = ed.schedules.flow(shift).lambda_(t) - ed.schedules.flow().lambda_(t)
+    np.testing.assert_allclose(moved, -np.log(shift), rtol=1e-12)
+
+
+def test_betas_are_the_published_ones():
+    linear, scaled, cosine = (
+        ed.schedules.linear_betas(),
+        ed.schedules.scaled_linear_betas(),
+        ed.schedules.cosine_betas(),
+    )
+    np.testing.assert_allclose(linear, 1e-4 + np.arange(1000) / 999 * (0.02 - 1e-4), rtol=1e-12)
+    root = np.sqrt([0.00085, 0.012])
+    np.testing.assert_allclose(scaled, (root[0] + np.arange(1000) / 999 * (root[1] - root[0])) ** 2, rtol=1e-12)
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(cosine[:-1], (1 - f[1:] / f[:-1])[:-1], rtol=1e-10)
+    assert cosine[-1] == 0.999
+
+
+@pytest.mark.parametrize("betas", [ed.schedules.linear_betas(), STABLE_DIFFUSION, ed.schedules.cosine_betas(50)])
+def test_discrete_schedules_go_through_their_levels(betas):
+    cumprod = np.cumprod(1 - betas)
+    for schedule in (ed.schedules.discrete(betas), ed.schedules.discrete(alphas_cumprod=cumprod)):
+        index = np.arange(betas.size)
+        assert (schedule.num_timesteps, schedule.t_min, schedule.t_max) == (betas.size, 0, betas.size - 1)
+        np.testing.assert_allclose(schedule.alpha(index) ** 2, cumprod, rtol=1e-10)
+        np.testing.assert_allclose(schedule.sigma(index) ** 2, 1 - cumprod, rtol=1e-10)
+    to_zero = ed.schedules.discrete(betas, t_min=-1)
+    assert (to_zero.sigma(-1.0), to_zero.alpha(-1.0)) == (0, 1)
+
+
+def test_zero_terminal_snr_is_the_published_algorithm():
+    root = np.sqrt(CUMPROD)
+    published = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    rescaled = ed.schedules.zero_terminal_snr(CUMPROD)
+    np.testing.assert_allclose(rescaled, published, rtol=1e-12)
+    assert rescaled[-1] == 0
+    assert rescaled[0] == pytest.approx(CUMPROD[0], rel=1e-12)
+    schedule = ALL["discrete zero terminal"]
+    assert (schedule.alpha(999.0), schedule.sigma(999.0)) == (0, 1)
+    with_a_last_beta_of_1 = ed.schedules.discrete([0.1, 0.2, 1.0])
+    assert with_a_last_beta_of_1.alpha(2.0) == 0
+
+
+def test_a_schedule_from_its_log_snr():
+    vp = SCHEDULES["vp_linear"]
+    same = ed.schedules.from_log_snr(lambda t: 2 * vp.lambda_(t), vp.t_min, vp.t_max)
+    t = np.linspace(vp.t_min, vp.t_max, 21)
+    for ours, theirs in zip(same.levels(t), vp.levels(t), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @given(st.floats(0.0, 10.0), st.floats(0.001, 30.0), st.floats(1e-5, 1.0))
