@@ -239,6 +239,10 @@ def _check_finite(x_T: Any) -> None:
 
 def _row_step(denoise: Denoiser, plan: Plan, on_state: Hook | None) -> Callable[[kernel.Carry, Table], Any]:
     """The body of the loop over rows: hook, model call, row."""
+    if not callable(denoise):
+        raise TypeError(f"denoise must be a function denoise(x, t) -> x_0, got {denoise!r}")
+    if not (on_state is None or callable(on_state)):
+        raise TypeError(f"on_state must be a function on_state(x, t) -> x, got {on_state!r}")
 
     def step(carry: kernel.Carry, row: Table) -> tuple[kernel.Carry, kernel.Row]:
         carry = carry._replace(x=_hooked(carry.x, row.time, on_state))

@@ -132,7 +132,7 @@ def test_the_nearest_index_and_the_interpolated_one(t, index):
     assert time_seen(schedule, "epsilon", t) == pytest.approx(t)
 
 
-@pytest.mark.parametrize("time", [None, "sigma", "index", lambda t: t / 2], ids=str)
+@pytest.mark.parametrize("time", [None, "sigma", "index", lambda t: t / 2], ids=["t", "sigma", "index", "own"])
 def test_times_for_every_sample(time):
     t = time_seen(DISCRETE, "v", 10.0, time=time, per_sample_time=True)
     chex.assert_shape(t, (3,))

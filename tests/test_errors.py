@@ -94,6 +94,9 @@ BAD = {
     "joint inner products of channels": (lambda: s.evodiff(per_leaf=False), V, "needs channel_axis=None, got -1"),
     "an axis there is not": (sample(solver=s.evodiff(7)), V, r"channel_axis=7 is not an axis .* \(3, 4, 4, 2\)"),
     # networks
+    "no denoiser": (sample(denoise=None), T, r"denoise must be a function denoise\(x, t\) -> x_0, got None"),
+    "an array for a hook": (sample(on_state=X), T, r"on_state must be a function on_state\(x, t\) -> x, got"),
+    "parameters for a network": (predicted({"w": 1}), T, r"fn must be a function fn\(x, time\), got {'w': 1}"),
     "denoise returns nothing": (sample(lambda x, t: None), T, r"denoise\(x, t\) must return .*returned NoneType"),
     "denoise returns another shape": (
         sample(lambda x, t: x[:2]),

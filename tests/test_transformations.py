@@ -50,7 +50,7 @@ def temporary_states(name, steps, remat):
 
 
 @solvers
-def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_steps(name):
+def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_steps(name, optimized):
     few, many = (temporary_states(name, steps, remat=True) for steps in (9, 100))
     kept = temporary_states(name, 100, remat=False)
     print(f"{name}: {few:.0f} states of temporary memory at 9 steps, {many:.0f} at 100; {kept:.0f} without remat")
@@ -59,7 +59,7 @@ def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_step
 
 
 @solvers
-def test_x_t_can_be_donated(name):
+def test_x_t_can_be_donated(name, optimized):
     times, solver = ed.grids.log_snr(EDM, 4), SOLVERS[name]()
     run = lambda x: ed.sample(lambda x, t: x / (1 + t**2), x, times, EDM, solver)  # noqa: E731
     x_T = initial_state(EDM, SHAPE)

@@ -84,7 +84,7 @@ def from_prediction(
       >>> schedule = ed.schedules.discrete(ed.schedules.scaled_linear_betas())
       >>> denoise = from_prediction(lambda x, index: 0 * x, schedule, "v", time="index")
     """
-    _check(schedule, prediction, time, sigma_data)
+    _check(fn, schedule, prediction, time, sigma_data)
     time = ("c_noise" if prediction == "edm" else "t") if time is None else time
 
     def denoise(x: State, t: Any, *conditions: Any) -> State:
@@ -123,7 +123,9 @@ def check_signal(schedule: NoiseSchedule, what: str) -> None:
         )
 
 
-def _check(schedule: Any, prediction: Any, time: Any, sigma_data: Any) -> None:
+def _check(fn: Any, schedule: Any, prediction: Any, time: Any, sigma_data: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn must be a function fn(x, time), got {fn!r}")
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
     if prediction not in PREDICTIONS:
