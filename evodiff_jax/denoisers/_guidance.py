@@ -59,7 +59,9 @@ def classifier_free_guidance(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be from 0 to 1, got {rescale}")
     _check_interval(interval, schedule)
-    both = jax.tree.map(lambda c, n: _interleaved(jnp.asarray(c), jnp.asarray(n)), condition, null_condition)
+    both = None
+    if batched:
+        both = jax.tree.map(lambda c, n: _interleaved(jnp.asarray(c), jnp.asarray(n)), condition, null_condition)
 
     def conditional(x: State, t: Any) -> State:
         return _checked(fn(x, t, condition), x)
