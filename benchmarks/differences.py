@@ -53,20 +53,6 @@ def with_released(parts: tuple[str, ...]) -> ed.Solver:
     return ed.Solver("variant", table, rule, channel_axis=-1)
 
 
-def mixture(schedule: ed.NoiseSchedule, centers: np.ndarray, std: float) -> ed.denoisers.Denoiser:
-    """The posterior mean of an equally weighted Gaussian mixture."""
-
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        variance = (alpha * std) ** 2 + sigma**2
-        flat, c = x.reshape(x.shape[0], -1), alpha * jnp.asarray(centers.reshape(len(centers), -1), x.dtype)
-        distances = jnp.sum((flat[:, None] - c) ** 2, -1)
-        mean = jax.nn.softmax(-distances / (2 * variance)) @ c
-        return ((mean + (alpha * std) ** 2 / variance * (flat - mean)) / alpha).reshape(x.shape)
-
-    return denoise
-
-
 def main() -> None:
     """Prints a table for each problem and grid."""
     jax.config.update("jax_enable_x64", True)
@@ -82,7 +68,7 @@ def main() -> None:
     }
     for problem, (centers, std) in problems.items():
         for name, schedule in schedules.items():
-            denoise = mixture(schedule, centers, std)
+            denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
             noise = jnp.asarray(rng.normal(size=(SAMPLES, *centers.shape[1:])))
             x_T = noise * schedule.sigma(schedule.t_max)
 

@@ -17,19 +17,8 @@ RUNS = sorted({key.rsplit("/", 2)[0] for key in GOLDEN if key.endswith("/x")})
 
 def mixture(schedule: ed.NoiseSchedule, centers: Any = None, std: Any = None) -> Callable[..., jax.Array]:
     """The posterior mean of an equally weighted Gaussian mixture, by default that of the golden data."""
-    centers = np.asarray(GOLDEN["centers"] if centers is None else centers)
-    std = float(GOLDEN["std"] if std is None else std)
-
-    def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        c = alpha * jnp.asarray(centers, x.dtype)
-        variance = (alpha * std) ** 2 + sigma**2
-        # log-weights -|x - c|^2 / (2 variance) without their common |x|^2, which would cost float32 digits.
-        products = jnp.sum((x[:, None] - c / 2) * c, axis=tuple(range(2, c.ndim + 1)))
-        mean = jnp.tensordot(jax.nn.softmax(products / variance), c, 1, precision="highest")
-        return (mean + (alpha * std) ** 2 / variance * (x - mean)) / alpha
-
-    return denoise
+    centers = GOLDEN["centers"] if centers is None else centers
+    return ed.denoisers.gaussian_mixture(centers, float(GOLDEN["std"] if std is None else std), schedule)
 
 
 def written_as(prediction: str, denoise: Any, schedule: ed.NoiseSchedule, sigma_data: float = 0.5) -> Any:

@@ -25,7 +25,7 @@ LAYERS = [
     ["plans"],
     ["sampling", "stepping"],
     ["editing"],
-    ["data", "models"],
+    ["data", "models", "metrics"],
     ["training"],
     ["cli"],
     ["__main__"],

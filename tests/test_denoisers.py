@@ -155,6 +155,30 @@ def test_the_packaged_preconditioning_is_the_edm_prediction():
     np.testing.assert_allclose(here(x, 1.5), precondition(raw, 0.7)(x, 1.5), rtol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", [VP, FLOW, SCHEDULES["edm"]], ids=["vp", "flow", "edm"])
+def test_the_exact_model_of_a_mixture_is_its_posterior_mean(schedule, x64):
+    """Against the score of the noisy density by automatic differentiation: x_0 = (x + sigma^2 score) / alpha."""
+    centers, std = np.random.default_rng(1).standard_normal((5, 2, 3)), 0.3
+    x = jax.random.normal(jax.random.key(0), (4, 2, 3))
+
+    def log_density(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        squares = jnp.sum((x - alpha * centers) ** 2, axis=(1, 2))
+        return jax.scipy.special.logsumexp(-squares / 2 / ((alpha * std) ** 2 + sigma**2))
+
+    denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
+    for fraction in (0.1, 0.5, 1.0):
+        t = jnp.asarray(schedule.t_min + fraction * (schedule.t_max - schedule.t_min))
+        score = jax.vmap(jax.grad(log_density), in_axes=(0, None))(x, t)
+        expected = (x + schedule.sigma(t) ** 2 * score) / schedule.alpha(t)
+        np.testing.assert_allclose(denoise(x, t), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_exact_model_where_there_is_no_signal_is_the_mean():
+    denoise = ed.denoisers.gaussian_mixture([[1.0, 2.0], [3.0, 0.0]], 0.1, ed.schedules.flow(t_max=1.0))
+    np.testing.assert_allclose(denoise(jnp.ones((2, 2)), 1.0), [[2.0, 1.0]] * 2, rtol=1e-6)
+
+
 # ---- networks: parameters are arguments
 
 WIDTH = 300

@@ -135,6 +135,16 @@ BAD = {
     ),
     "no data deviation": (predicted(good, "edm", sigma_data=0.0), V, "sigma_data must be positive, got 0.0"),
     "no schedule for a prediction": (predicted(good, schedule="edm"), T, "schedule must be a NoiseSchedule.*got 'edm'"),
+    "centers without a deviation": (
+        lambda: d.gaussian_mixture(np.ones((2, 3)), 0.0, EDM),
+        V,
+        r"needs centers \(K, ...\) and std > 0, got \(2, 3\) and 0.0",
+    ),
+    "samples of another shape than the centers": (
+        lambda: d.gaussian_mixture(np.ones((2, 3)), 0.1, EDM)(X, 0.5),
+        V,
+        r"x must be \(B, ...\) of the centers' shape \(3,\), got \(3, 4, 4, 2\)",
+    ),
     # guidance
     "guidance without a condition": (guided(condition=None), T, r"condition must be an array \(B, ...\).*got None"),
     "guidance without a null condition": (guided(null=None), T, r"null_condition must be an array.*got None"),

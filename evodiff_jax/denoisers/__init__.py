@@ -4,6 +4,7 @@ Everything here turns functions into functions and composes: first `from_predict
 """
 
 from evodiff_jax.denoisers._corrections import clip, dynamic_threshold
+from evodiff_jax.denoisers._exact import gaussian_mixture
 from evodiff_jax.denoisers._guidance import classifier_free_guidance, classifier_guidance
 from evodiff_jax.denoisers._networks import counted, split_nnx
 from evodiff_jax.denoisers._prediction import PREDICTIONS, TIMES, Denoiser, from_prediction
@@ -18,5 +19,6 @@ __all__ = [
     "counted",
     "dynamic_threshold",
     "from_prediction",
+    "gaussian_mixture",
     "split_nnx",
 ]
