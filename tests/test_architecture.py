@@ -27,6 +27,7 @@ LAYERS = [
     ["editing"],
     ["data", "models", "metrics"],
     ["training"],
+    ["comparison"],
     ["cli"],
     ["__main__"],
 ]

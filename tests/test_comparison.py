@@ -1,0 +1,93 @@
+"""Solvers compared on a model: the same noise, exact numbers of calls, resumable runs, honest figures."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evodiff_jax as ed
+from evodiff_jax import comparison
+from evodiff_jax.comparison import Problem, compare, converged, make_sampler, times_of
+from evodiff_jax.metrics import frechet_distance
+from evodiff_jax.solvers import SOLVERS
+
+SCHEDULE = ed.schedules.edm(0.02, 20.0)
+CENTERS = np.array([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]])
+CHOSEN = {name: SOLVERS[name] for name in ("evodiff", "ddim", "dpm_solver_pp", "heun")}
+GRIDS = {"log_snr": ed.grids.log_snr}
+
+
+def problem(count=50, batch=16, denoise=None, **options):
+    exact = ed.denoisers.gaussian_mixture(CENTERS, 0.2, SCHEDULE)
+    return Problem(
+        name="three modes",
+        denoise=denoise or (lambda params, x, t, condition: params * exact(x, t)),
+        params=1.0,
+        schedule=SCHEDULE,
+        noise=np.random.default_rng(0).normal(0, 20, (count, 2)).astype(np.float32),
+        condition=None,
+        features=lambda x: x,
+        data=None,
+        batch=batch,
+        **options,
+    )
+
+
+def test_every_solver_takes_exactly_the_calls_it_is_given(tmp_path):
+    for name, make in SOLVERS.items():
+        for calls in (5, 6, 8):
+            times = times_of(SCHEDULE, ed.grids.log_snr, make(), calls)
+            if name in ("heun", "dpm_2") and calls == 5:
+                assert times is None
+            else:
+                assert ed.plan(SCHEDULE, times, make()).calls == calls
+
+
+def test_figures_of_all_runs_and_what_they_mean(tmp_path):
+    results = {(r.solver, r.calls): r for r in compare(problem(), GRIDS, [20, 6], tmp_path, CHOSEN, resamples=20)}
+    assert len(results) == 8
+    exact = converged(problem(), tmp_path)
+    for (name, calls), result in results.items():
+        x = make_sampler(problem(), CHOSEN[name](), 20)(times_of(SCHEDULE, ed.grids.log_snr, CHOSEN[name](), calls))
+        errors = np.sqrt(np.mean((x - exact) ** 2, axis=1))
+        assert result.median.value == pytest.approx(np.quantile(errors, 0.5, method="higher"), rel=1e-5)
+        assert result.worst_tenth.value == pytest.approx(np.quantile(errors, 0.9, method="higher"), rel=1e-5)
+        assert result.frechet.value == pytest.approx(frechet_distance(x, exact), rel=1e-5)
+        for estimate in (result.kernel, result.median, result.worst_tenth):
+            assert estimate.low <= estimate.value <= estimate.high
+        assert result.blown_up == 0
+    for name in CHOSEN:
+        assert results[name, 20].median.value < results[name, 6].median.value
+
+
+def test_samples_do_not_depend_on_the_batch_and_keep_their_order():
+    times = ed.grids.log_snr(SCHEDULE, 6)
+    whole, parts = (make_sampler(problem(batch=b), ed.solvers.ddim(), 10)(times) for b in (50, 7))
+    np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_been_made_is_not_made_again(tmp_path, monkeypatch):
+    first = list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5))
+    monkeypatch.setattr(comparison, "sample_plan", lambda *_: pytest.fail("sampled again"))
+    assert list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5)) == first
+
+
+def test_an_interrupted_comparison_goes_on(tmp_path):
+    runs = compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5)
+    begun = [next(runs), next(runs)]
+    runs.close()
+    assert len(list((tmp_path / "three modes").iterdir())) == 3  # the converged samples and two runs
+    assert list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5))[:2] == begun
+
+
+def test_samples_that_blow_up_are_counted_and_not_hidden(tmp_path):
+    converged(problem(), tmp_path)  # of the sound model, under the same name
+    exact = ed.denoisers.gaussian_mixture(CENTERS, 0.2, SCHEDULE)
+
+    def denoise(params, x, t, condition):
+        return jnp.where(condition["broken"][:, None], jnp.inf, exact(x, t))
+
+    broken = problem(denoise=denoise)._replace(condition={"broken": np.arange(50) == 3})
+    result = next(compare(broken, GRIDS, [6], tmp_path, CHOSEN, resamples=5))
+    assert result.blown_up == pytest.approx(1 / 50)
+    assert result.frechet.value == result.kernel.value == np.inf
+    assert np.isfinite(result.median.value)
