@@ -1,18 +1,11 @@
-"""Time grids: the N + 1 decreasing times of a run, from t_max to t_min of a schedule, as float64 NumPy arrays.
-
-Any strictly decreasing times will do for a run; these are the usual ones. Every grid takes `start` and `end`, times
-within the schedule, to run over a part of it.
-"""
-
-from collections.abc import Callable
+"""Grids for any schedule, from t_max to t_min or over a part."""
 
 import numpy as np
 from jax.typing import ArrayLike
 
+from evodiff_jax.grids._parts import between, ends_of, fractions_of, pinned
 from evodiff_jax.numerics import on_host
 from evodiff_jax.schedules import NoiseSchedule
-
-Grid = Callable[..., np.ndarray]
 
 
 def log_snr(
@@ -83,9 +76,9 @@ def polyexponential(
     """
     if not rho > 0:
         raise ValueError(f"polyexponential needs rho > 0, got {rho}")
-    start, end = _ends(schedule, start, end)
+    start, end = ends_of(schedule, start, end)
     high, low = _lambda_ends(schedule, start, end)
-    return _at_lambda(schedule, _between(low, high, (1 - _fractions(num_steps)) ** rho), start, end)
+    return _at_lambda(schedule, between(low, high, (1 - fractions_of(num_steps)) ** rho), start, end)
 
 
 def karras(
@@ -113,9 +106,9 @@ def karras(
     """
     if not rho > 0:
         raise ValueError(f"karras needs rho > 0, got {rho}")
-    start, end = _ends(schedule, start, end)
+    start, end = ends_of(schedule, start, end)
     high, low = (np.exp(-lambda_ / rho) for lambda_ in _lambda_ends(schedule, start, end))
-    return _at_lambda(schedule, -rho * np.log(_between(high, low, _fractions(num_steps))), start, end)
+    return _at_lambda(schedule, -rho * np.log(between(high, low, fractions_of(num_steps))), start, end)
 
 
 def time_uniform(
@@ -135,7 +128,7 @@ def time_uniform(
     Raises:
       ValueError: when num_steps is not a positive integer or not t_min <= end < start <= t_max.
     """
-    return _between(*_ends(schedule, start, end), _fractions(num_steps))
+    return between(*ends_of(schedule, start, end), fractions_of(num_steps))
 
 
 def time_quadratic(
@@ -155,10 +148,10 @@ def time_quadratic(
     Raises:
       ValueError: as `time_uniform`, or when the last time is negative.
     """
-    start, end = _ends(schedule, start, end)
+    start, end = ends_of(schedule, start, end)
     if end < 0:
         raise ValueError(f"time_quadratic needs a last time of at least 0, got {end}")
-    return _pinned(_between(np.sqrt(start), np.sqrt(end), _fractions(num_steps)) ** 2, start, end)
+    return pinned(between(np.sqrt(start), np.sqrt(end), fractions_of(num_steps)) ** 2, start, end)
 
 
 def beta(
@@ -190,8 +183,8 @@ def beta(
 
     if not (a > 0 and b > 0):
         raise ValueError(f"beta needs a > 0 and b > 0, got {a} and {b}")
-    start, end = _ends(schedule, start, end)
-    return _pinned(_between(end, start, betaincinv(a, b, 1 - _fractions(num_steps))), start, end)
+    start, end = ends_of(schedule, start, end)
+    return pinned(between(end, start, betaincinv(a, b, 1 - fractions_of(num_steps))), start, end)
 
 
 def sgm_uniform(
@@ -214,62 +207,9 @@ def sgm_uniform(
     Raises:
       ValueError: as `time_uniform`.
     """
-    start, end = _ends(schedule, start, end)
+    start, end = ends_of(schedule, start, end)
     lowest = end if schedule.num_timesteps is None else max(end, 0.0)
-    return _pinned(_between(start, lowest, _fractions(num_steps)), start, end)
-
-
-def leading(
-    schedule: NoiseSchedule, num_steps: int, offset: int = 0, *, start: float | None = None, end: float | None = None
-) -> np.ndarray:
-    """The timesteps of DDIM for discrete schedules: multiples of n // N, plus an offset, and t_min after them.
-
-    Args:
-      schedule: a schedule with `num_timesteps`, from `schedules.discrete`.
-      num_steps: the number of steps N, at least 1.
-      offset: what is added to the timesteps: 1 for Stable Diffusion. 0 reaches index 0, after which there is only the
-        end at sigma = 0 of a schedule made with t_min=-1.
-      start: timesteps above it are left out.
-      end: the last time, by default t_min; timesteps that are not above one given here are left out.
-
-    Returns:
-      Decreasing times, float64: N + 1, fewer for a part.
-
-    Raises:
-      ValueError: as `time_uniform`, or when the schedule is not discrete, N is above its number of timesteps, or the
-        timesteps do not lie between the ends.
-
-    References:
-      Song, Meng, Ermon, arXiv 2010.02502, appendix D.3; the name is from Lin et al., arXiv 2305.08891, table 2.
-    """
-    count = _discrete(schedule, "leading", num_steps)
-    return _timesteps(schedule, np.arange(num_steps)[::-1] * (count // num_steps) + offset, start, end)
-
-
-def trailing(
-    schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
-) -> np.ndarray:
-    """Timesteps of discrete schedules counted from the last one, which is always visited, and t_min after them.
-
-    round(n (1 - i / N)) - 1 for i = 0 .. N - 1: the spacing for zero terminal SNR.
-
-    Args:
-      schedule: a schedule with `num_timesteps`, from `schedules.discrete`.
-      num_steps: the number of steps N, at least 1.
-      start: timesteps above it are left out.
-      end: the last time, by default t_min; timesteps that are not above one given here are left out.
-
-    Returns:
-      Decreasing times, float64: N + 1, fewer for a part.
-
-    Raises:
-      ValueError: as `leading`.
-
-    References:
-      Lin, Liu, Li, Yang, arXiv 2305.08891, table 2.
-    """
-    count = _discrete(schedule, "trailing", num_steps)
-    return _timesteps(schedule, np.round(count * (1 - _fractions(num_steps)[:-1])) - 1, start, end)
+    return pinned(between(start, lowest, fractions_of(num_steps)), start, end)
 
 
 def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
@@ -326,40 +266,6 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
     return times[-(max(1, round(strength * (times.size - 1))) + 1) :]
 
 
-# Every grid for any schedule by name: what the command line offers and the general tests run over.
-GRIDS: dict[str, Grid] = {
-    "log_snr": log_snr,
-    "karras": karras,
-    "time_uniform": time_uniform,
-    "time_quadratic": time_quadratic,
-    "exponential": exponential,
-    "polyexponential": polyexponential,
-    "beta": beta,
-    "sgm_uniform": sgm_uniform,
-}
-
-
-def _fractions(num_steps: int) -> np.ndarray:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
-    return np.arange(num_steps + 1) / num_steps
-
-
-def _between(start: float, end: float, fractions: np.ndarray) -> np.ndarray:
-    return start * (1 - fractions) + end * fractions
-
-
-def _ends(schedule: NoiseSchedule, start: float | None, end: float | None) -> tuple[float, float]:
-    start = schedule.t_max if start is None else float(start)
-    end = schedule.t_min if end is None else float(end)
-    if not schedule.t_min <= end < start <= schedule.t_max:
-        raise ValueError(
-            f"a grid needs end < start within the schedule's {schedule.t_min} to {schedule.t_max}, "
-            f"got start={start} and end={end}"
-        )
-    return start, end
-
-
 def _lambda_ends(schedule: NoiseSchedule, start: float, end: float) -> tuple[float, float]:
     high, low = on_host(schedule.lambda_, [start, end])
     if not np.isfinite([high, low]).all():
@@ -371,34 +277,4 @@ def _lambda_ends(schedule: NoiseSchedule, start: float, end: float) -> tuple[flo
 
 
 def _at_lambda(schedule: NoiseSchedule, lambda_: np.ndarray, start: float, end: float) -> np.ndarray:
-    return _pinned(on_host(schedule.time, lambda_), start, end)
-
-
-def _pinned(times: np.ndarray, start: float, end: float) -> np.ndarray:
-    """The ends exactly: a round trip through lambda would move them by round-off, outside the schedule."""
-    times[0], times[-1] = start, end
-    return times
-
-
-def _discrete(schedule: NoiseSchedule, grid: str, num_steps: int) -> int:
-    """The number of the schedule's timesteps, once it is known to have that many."""
-    _fractions(num_steps)
-    if schedule.num_timesteps is None:
-        raise ValueError(f"the {grid} grid needs a schedule of discrete timesteps, from schedules.discrete")
-    if num_steps > schedule.num_timesteps:
-        raise ValueError(f"the {grid} grid needs num_steps <= {schedule.num_timesteps}, got {num_steps}")
-    return schedule.num_timesteps
-
-
-def _timesteps(schedule: NoiseSchedule, steps: np.ndarray, start: float | None, end: float | None) -> np.ndarray:
-    """The timesteps between the ends, and the end; without a part asked for, all of them or an error."""
-    whole = start is None and end is None
-    start, end = _ends(schedule, start, end)
-    kept = steps if whole else steps[(steps <= start) & (steps > end)]
-    times = np.append(np.asarray(kept, np.float64), end)
-    if times.size < 2 or times[0] > schedule.t_max or not (np.diff(times) < 0).all():
-        raise ValueError(
-            f"the timesteps {steps[0]:g} .. {steps[-1]:g} and the end {end:g} must decrease within the schedule's "
-            f"{schedule.t_min:g} to {schedule.t_max:g}: choose another offset, or make the schedule with t_min=-1"
-        )
-    return times
+    return pinned(on_host(schedule.time, lambda_), start, end)
