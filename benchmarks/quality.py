@@ -1,0 +1,131 @@
+"""Prints how good each solver's samples are at few model calls, on models that nobody tuned for it.
+
+    uv run --with scikit-learn python benchmarks/quality.py --models mixture-2d mixture-64d
+
+Every deterministic solver on the same noise, grids and numbers of calls. Models: `mixture-2d` and `mixture-64d`, exact
+posterior means of Gaussian mixtures; `digits-0.03`, `digits-0.1`, `digits-0.3`, the exact model of scikit-learn's 8x8
+digits smoothed with that bandwidth; `fashion-1` and `fashion-2`, the packaged Fashion-MNIST model with guidance 1 and
+2. Frechet and kernel distances are those of the coordinates, for Fashion-MNIST of the packaged classifier's features,
+from converged samples of the same noise; trajectory errors are from those samples one by one. Samples are kept in the
+folder --store, so that a run that was stopped goes on; results.csv there has every figure with its interval.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import evodiff_jax as ed
+from evodiff_jax import models
+from evodiff_jax.comparison import Problem, Result, compare
+from evodiff_jax.grids import GRIDS
+from evodiff_jax.solvers import SOLVERS
+
+CALLS = (5, 6, 8, 10, 12, 15, 20)
+COLUMNS = ("frechet", "kernel", "median", "worst_tenth")
+
+
+def exact(name: str, centers: np.ndarray, std: float, count: int) -> Problem:
+    """A Gaussian mixture, judged by its coordinates."""
+    schedule = ed.schedules.edm()
+    denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
+    noise = schedule.t_max * np.random.default_rng(1).standard_normal((count, *centers.shape[1:]), np.float32)
+    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, lambda x: x, None, 250)
+
+
+def digits(bandwidth: float, count: int) -> Problem:
+    """The smoothed empirical distribution of scikit-learn's digits, in -1 .. 1."""
+    from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
+
+    return exact(f"digits-{bandwidth}", load_digits().data / 8 - 1, bandwidth, count)
+
+
+def fashion(guidance: float, count: int) -> Problem:
+    """The packaged model, judged by the features of the packaged classifier."""
+    model, classifier = models.load("fashion_mnist"), models.load_classifier("fashion_mnist")
+    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
+    shape = (count, *model.image_shape)
+    labels = np.arange(count, dtype=np.int32) % model.num_classes
+    of_batch = jax.jit(lambda params, x: classifier.predict(params, x).features)
+
+    def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
+        null = jnp.full_like(labels, model.null_class)
+        return ed.denoisers.classifier_free_guidance(conditional, labels, null, guidance)(x, t)
+
+    def features(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([of_batch(classifier.params, part) for part in np.split(x, range(200, len(x), 200))])
+
+    noise = schedule.t_max * np.random.default_rng(1).standard_normal(shape, np.float32)
+    return Problem(f"fashion-{guidance:g}", denoise, model.params, schedule, noise, labels, features, None, 100)
+
+
+PROBLEMS: dict[str, Callable[[int], Problem]] = {
+    "mixture-2d": lambda count: exact("mixture-2d", np.random.default_rng(0).uniform(-1, 1, (12, 2)), 0.05, count),
+    "mixture-64d": lambda count: exact("mixture-64d", np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, count),
+    **{f"digits-{b}": lambda count, b=b: digits(b, count) for b in (0.03, 0.1, 0.3)},
+    **{f"fashion-{g}": lambda count, g=g: fashion(float(g), count) for g in (1, 2)},
+}
+
+
+def write_csv(path: Path, results: list[Result]) -> None:
+    """One line a run, each figure with the ends of its interval."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        figures = [f"{name}{end}" for name in COLUMNS for end in ("", "_low", "_high")]
+        writer.writerow(["problem", "grid", "solver", "calls", *figures, "blown_up"])
+        for r in results:
+            writer.writerow([*r[:4], *(f"{v:.6g}" for name in COLUMNS for v in getattr(r, name)), r.blown_up])
+
+
+def print_tables(results: list[Result]) -> None:
+    """For every model and grid the Frechet distance and the median trajectory error by solver and calls."""
+    for problem, grid in dict.fromkeys((r.problem, r.grid) for r in results):
+        rows = [r for r in results if (r.problem, r.grid) == (problem, grid)]
+        calls = sorted({r.calls for r in rows})
+        found = {(r.solver, r.calls): r for r in rows}
+        print(f"\n### {problem}, {grid} grid: Frechet distance / median trajectory error\n")
+        print(f"| solver | {' | '.join(map(str, calls))} |\n|{' --- |' * (len(calls) + 1)}")
+        for solver in dict.fromkeys(r.solver for r in rows):
+            cells = [found.get((solver, count)) for count in calls]
+            text = [f"{r.frechet.value:.3g} / {r.median.value:.3g}" if r else "" for r in cells]
+            print(f"| `{solver}` | {' | '.join(text)} |")
+        peers = set(SOLVERS) - {"evodiff", "evodiff_reference"}
+        ratios = []
+        for count in calls:
+            best = [
+                min(getattr(found[p, count], name).value for p in peers if (p, count) in found)
+                for name in ("frechet", "median")
+            ]
+            mine = found["evodiff", count]
+            ratios.append(f"{mine.frechet.value / best[0]:.2f} / {mine.median.value / best[1]:.2f}")
+        print(f"| evodiff / best peer | {' | '.join(ratios)} |")
+
+
+def main() -> None:
+    """Compares, prints tables and writes results.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=["log_snr", "karras"])
+    parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--store", type=Path, default=Path("runs/quality"), help="folder of samples and results")
+    args = parser.parse_args()
+
+    from tqdm import tqdm
+
+    grids, results = {name: GRIDS[name] for name in args.grids}, []
+    for name in args.models:
+        runs = compare(PROBLEMS[name](args.samples), grids, args.calls, args.store)
+        results += tqdm(runs, desc=name, unit="run", disable=None)
+        write_csv(args.store / "results.csv", results)
+    print_tables(results)
+
+
+if __name__ == "__main__":
+    main()
