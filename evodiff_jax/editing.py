@@ -12,7 +12,7 @@ from evodiff_jax import kernel, plans
 from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.numerics import at_least_float32, on_host
 from evodiff_jax.sampling import Hook, run
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.states import State, as_state, check_state, per_sample, widest
 from evodiff_jax.tables import Solver
 
@@ -104,19 +104,23 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
             got = getattr(leaf, "dtype", leaf)
             raise TypeError(f"mask must be an array of booleans, True where known, got {got}: for example mask > 0.5")
 
+    one_mask = jax.tree_util.treedef_is_leaf(jax.tree.structure(mask))
+
+    def masks(x: State) -> Any:
+        return jax.tree.map(lambda _: mask, x) if one_mask else mask
+
     def put(values: State, x: State) -> State:
         """The values where known, x elsewhere."""
-        one_for_all = jax.tree_util.treedef_is_leaf(jax.tree.structure(mask))
-        return jax.tree.map(jnp.where, jax.tree.map(lambda _: mask, x) if one_for_all else mask, values, x)
+        return jax.tree.map(jnp.where, masks(x), values, x)
 
     def like(x: State) -> State:
         """The known data in the shapes and dtypes of x."""
-        for name, value in (("known", known), ("mask", mask)):
-            structure, of_x = jax.tree.structure(value), jax.tree.structure(x)
-            if name == "mask" and jax.tree_util.treedef_is_leaf(structure):
-                value = jax.tree.map(lambda _: mask, x)
-            elif structure != of_x:
-                raise TypeError(f"{name} must have the structure of the state, {of_x}, got {structure}")
+        for name, value in (("known", known), ("mask", masks(x))):
+            if jax.tree.structure(value) != jax.tree.structure(x):
+                raise TypeError(
+                    f"{name} must have the structure of the state, {jax.tree.structure(x)}, "
+                    f"got {jax.tree.structure(value)}"
+                )
             for leaf, of_state in zip(jax.tree.leaves(value), jax.tree.leaves(x), strict=True):
                 if not _broadcasts(np.shape(leaf), of_state.shape):
                     raise ValueError(
@@ -160,8 +164,7 @@ def invert(
       Song, Meng, Ermon, arXiv 2010.02502, section 4.3; Dhariwal & Nichol, arXiv 2105.05233, appendix F.
     """
     x_0 = check_state(x_0, "x_0")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    check_schedule(schedule)
     solver = plans.check_solver(solver)
     downwards = plans.check_times(times, schedule)
     if solver.table(schedule, downwards).noise is not None:
@@ -223,8 +226,7 @@ def slerp(x_a: State, x_b: State, weight: ArrayLike) -> State:
 
 
 def _check(schedule: Any, key: Any) -> None:
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    check_schedule(schedule)
     if key is None:
         raise TypeError("key must be a JAX random key, for example jax.random.key(0), got None")
 

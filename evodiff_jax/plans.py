@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax.numerics import namespace
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.solvers._evodiff import evodiff
 from evodiff_jax.tables import Plan, Solver, Table, append_denoising, pad
 
@@ -40,8 +40,7 @@ def plan(
       TypeError: when the schedule or the solver is something else.
       ValueError: when the times are not as above, or the run takes more calls than `max_calls`.
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    check_schedule(schedule)
     solver = check_solver(solver)
     laid_out = from_times(schedule, check_times(times, schedule), solver, denoise_to_zero)
     calls = laid_out.table.time.shape[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.denoisers._prediction import Denoiser, check_signal
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.states import State, batch_size, check_like, per_sample, widest
 
 
@@ -128,8 +128,7 @@ def classifier_guidance(
       ValueError: when alpha is 0 at t_max, or the scale is not finite; when called, when log_prob returns another
         shape, or the scales are not as many as the samples.
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    check_schedule(schedule)
     check_signal(schedule, "a gradient")
     _check_scale(scale)
 

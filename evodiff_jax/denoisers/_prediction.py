@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from evodiff_jax.numerics import on_host
 from evodiff_jax.preconditioning import coefficients
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.states import State, batch_size, check_like, widest
 
 Denoiser = Callable[..., Any]
@@ -126,8 +126,7 @@ def check_signal(schedule: NoiseSchedule, what: str) -> None:
 def _check(fn: Any, schedule: Any, prediction: Any, time: Any, sigma_data: Any) -> None:
     if not callable(fn):
         raise TypeError(f"fn must be a function fn(x, time), got {fn!r}")
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+    check_schedule(schedule)
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}")
     if prediction in _NEED_SIGNAL:

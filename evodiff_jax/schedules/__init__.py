@@ -18,12 +18,13 @@ from evodiff_jax.schedules._discrete import (
     scaled_linear_betas,
     zero_terminal_snr,
 )
-from evodiff_jax.schedules._schedule import Levels, NoiseSchedule, ScheduleFn
+from evodiff_jax.schedules._schedule import Levels, NoiseSchedule, ScheduleFn, check_schedule
 
 __all__ = [
     "Levels",
     "NoiseSchedule",
     "ScheduleFn",
+    "check_schedule",
     "cosine_betas",
     "discrete",
     "edm",

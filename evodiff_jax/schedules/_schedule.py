@@ -98,6 +98,12 @@ class NoiseSchedule:
         return Levels(self.alpha(t), self.sigma(t), self.lambda_(t))
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raises TypeError for anything but a schedule."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
+
+
 def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:
     """The time at which the decreasing function `lambda_` takes the value `target`, elementwise."""
     xp = namespace(target)
