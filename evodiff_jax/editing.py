@@ -13,7 +13,7 @@ from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.numerics import at_least_float32, on_host
 from evodiff_jax.sampling import Hook, run
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.states import State, as_state, check_state, per_sample, widest
+from evodiff_jax.states import State, as_state, broadcasts, check_state, leaf_keys, per_sample, widest
 from evodiff_jax.tables import Solver
 
 
@@ -122,7 +122,7 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
                     f"got {jax.tree.structure(value)}"
                 )
             for leaf, of_state in zip(jax.tree.leaves(value), jax.tree.leaves(x), strict=True):
-                if not _broadcasts(np.shape(leaf), of_state.shape):
+                if not broadcasts(np.shape(leaf), of_state.shape):
                     raise ValueError(
                         f"{name} must broadcast to the state, of shape {of_state.shape}, got shape {np.shape(leaf)}"
                     )
@@ -240,15 +240,8 @@ def _noisy(x_0: State, t: jax.Array, schedule: NoiseSchedule, key: jax.Array) ->
         noise = jax.random.normal(key, x.shape, wide)
         return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
 
-    keys = [key] if len(leaves) == 1 else jax.random.split(key, len(leaves))
+    keys = leaf_keys(key, len(leaves))
     return jax.tree.unflatten(structure, [noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from evodiff_jax import gram as grams
 from evodiff_jax.gram import Gram
 from evodiff_jax.numerics import at_least_float32
-from evodiff_jax.states import State, widest
+from evodiff_jax.states import State, broadcasts, leaf_keys, widest
 from evodiff_jax.tables import Coefficients, Plan, Table
 
 
@@ -90,7 +89,7 @@ def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]
     key, draws = carry.key, (None,) * len(xs)
     if row.noise is not None and key is not None:
         key, draw = jax.random.split(key)
-        draws = (draw,) if len(xs) == 1 else tuple(jax.random.split(draw, len(xs)))
+        draws = leaf_keys(draw, len(xs))
     of_leaves = chosen if plan.per_leaf and chosen else (chosen or (None,)) * len(xs)
     stepped = [
         _step(plan, row, x, ring, ages, coefficients, draw)
@@ -119,7 +118,7 @@ def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
     coordinates = table.predictor.shape[2:]
     leaves = jax.tree.leaves(x_T)
     for shape in (leaf.shape for leaf in leaves):
-        if len(coordinates) > len(shape) - 1 or np.broadcast_shapes(coordinates, shape[1:]) != shape[1:]:
+        if not broadcasts(coordinates, shape[1:]):
             raise ValueError(f"the solver's coefficients are for samples of shape {coordinates}, got x_T {shape}")
     dtype = widest(leaves)
     table, end = jax.tree.map(lambda column: jnp.asarray(column, dtype), (table, plan.end))

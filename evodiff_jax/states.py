@@ -85,6 +85,19 @@ def per_sample(values: Any, x: State, name: str, dtype: Any) -> State:
     return jax.tree.map(lambda leaf: values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim)), x)
 
 
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another shape, leaving that as it is."""
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
+def leaf_keys(key: jax.Array, count: int) -> Sequence[jax.Array]:
+    """A random key for each leaf of a state: that of a single array is the key itself."""
+    return [key] if count == 1 else list(jax.random.split(key, count))
+
+
 def widest(leaves: Sequence[jax.Array]) -> Any:
     """The dtype of the scalars of a run: float64 where a leaf is, else float32."""
     dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]

@@ -91,25 +91,14 @@ def from_prediction(
         wide = widest(jax.tree.leaves(x))
         t = jnp.asarray(t, wide)
         at = _Levels(schedule.alpha(t), schedule.sigma(t))
-        if prediction == "edm":
-            return _precondition(fn, x, t, at, conditions)
-        output = check_like(fn(x, _seen(t, at, x), *conditions), x, "the network fn(x, time)")
-        convert = _TO_DATA[prediction]
-        return jax.tree.map(lambda a, o: convert(a.astype(wide), o.astype(wide), at).astype(a.dtype), x, output)
-
-    def _precondition(fn: Denoiser, x: State, t: jax.Array, at: _Levels, conditions: tuple[Any, ...]) -> State:
-        kappa = at.sigma / at.alpha
-        c = coefficients(kappa, sigma_data)
-        unscaled = jax.tree.map(lambda a: a.astype(t.dtype) / at.alpha, x)
-        scaled = jax.tree.map(lambda a: c.c_in * a, unscaled)
-        output = fn(scaled, _seen(t, _Levels(jnp.ones_like(kappa), kappa), x), *conditions)
-        output = check_like(output, x, "the network fn(x, time)")
-        mixed = lambda a, o, like: (c.c_skip * a + c.c_out * o.astype(a.dtype)).astype(like.dtype)  # noqa: E731
-        return jax.tree.map(mixed, unscaled, output, x)
-
-    def _seen(t: jax.Array, at: _Levels, x: State) -> jax.Array:
-        seen = jnp.asarray(time(t)) if callable(time) else _network_time(time, t, at, schedule.num_timesteps)
-        return jnp.broadcast_to(seen, (batch_size(x),)) if per_sample_time else seen
+        seen, to_data = x, _TO_DATA.get(prediction)
+        if to_data is None:  # EDM's network, whose state has alpha = 1
+            seen, at, to_data = _preconditioned(x, at, sigma_data, wide)
+        told = jnp.asarray(time(t)) if callable(time) else _network_time(time, t, at, schedule.num_timesteps)
+        if per_sample_time:
+            told = jnp.broadcast_to(told, (batch_size(x),))
+        output = check_like(fn(seen, told, *conditions), x, "the network fn(x, time)")
+        return jax.tree.map(lambda a, o: to_data(a.astype(wide), o.astype(wide), at).astype(a.dtype), x, output)
 
     return denoise
 
@@ -142,6 +131,15 @@ def _check(fn: Any, schedule: Any, prediction: Any, time: Any, sigma_data: Any) 
         )
     if not sigma_data > 0:
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+
+
+def _preconditioned(x: State, at: _Levels, sigma_data: float, wide: Any) -> tuple[State, _Levels, Any]:
+    """What EDM's network sees of x, the levels there, and the function from its output to the data."""
+    kappa = at.sigma / at.alpha
+    c = coefficients(kappa, sigma_data)
+    seen = jax.tree.map(lambda a: c.c_in * (a.astype(wide) / at.alpha), x)
+    to_data = lambda a, output, _: c.c_skip * (a / at.alpha) + c.c_out * output  # noqa: E731
+    return seen, _Levels(jnp.ones_like(kappa), kappa), to_data
 
 
 def _network_time(name: str, t: jax.Array, at: _Levels, num_timesteps: int | None) -> jax.Array:

@@ -161,7 +161,7 @@ def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
         sigma_ratio=sigma_ratio,
         few_steps=ones * (num_steps <= _FEW_STEPS),
     )
-    corrects = xp.concatenate([probes[:1], probes[:-1]])
+    corrects = xp.concatenate([probes[:1], probes[:-1]])  # the first step is never adaptive
     zero = xp.zeros_like(ones)
     transition, first, second = sigma_ratio, amplitude, zero
     if released and num_steps > 1:

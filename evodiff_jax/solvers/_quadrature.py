@@ -75,12 +75,12 @@ def noise_steps(start: Levels, end: Levels) -> Steps:
       end: the same at their ends.
 
     Raises:
-      ValueError: when alpha vanishes at an end of the run, where a noise prediction tells nothing about the data.
+      ValueError: when alpha vanishes at the first time, where a noise prediction tells nothing about the data.
     """
     xp = namespace(end.lambda_)
-    if xp is np and min(start.alpha[0], end.alpha[-1]) == 0:
+    if xp is np and start.alpha[0] == 0:
         raise ValueError(
-            "alpha is 0 at times[0]: a noise-prediction solver cannot be there, use a data-prediction one "
+            "alpha is 0 at times[0]: a noise-prediction solver cannot start there, use a data-prediction one "
             "such as dpm_solver_pp"
         )
     exact = end.lambda_ - start.lambda_
