@@ -4,7 +4,7 @@ Runs are stored one by one as they are made, so that a comparison can be interru
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import Grid, log_snr
-from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance, kernel_distance, trajectory_errors
+from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel_distance, trajectory_errors
 from evodiff_jax.plans import plan
 from evodiff_jax.sampling import sample_plan
 from evodiff_jax.schedules import NoiseSchedule
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
       noise: (N, ...) the x_T that every run starts from.
       condition: a pytree of arrays (N, ...), or None.
       features: features(x) -> (N, D), from samples on the host.
-      data: (M, D) features of real data, or None to compare with converged samples.
+      data: (M, D) features of real data, or of independent samples of the model.
       batch: how many samples at a time.
     """
 
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
     noise: np.ndarray
     condition: Any
     features: Callable[[np.ndarray], np.ndarray]
-    data: np.ndarray | None
+    data: np.ndarray
     batch: int
 
 
@@ -75,6 +75,26 @@ class Result(NamedTuple):
     blown_up: float
 
 
+class Ratio(NamedTuple):
+    """A solver's figure over the best peer's, on the same noise, grid and number of calls.
+
+    Attributes:
+      problem: the problem's name.
+      grid: the grid's name.
+      calls: the number of model calls of a sample.
+      figure: "frechet" or "median", as in `Result`.
+      peer: the name of the best peer.
+      ratio: below 1 where the solver is better.
+    """
+
+    problem: str
+    grid: str
+    calls: int
+    figure: str
+    peer: str
+    ratio: Estimate
+
+
 def compare(
     problem: Problem,
     grids: dict[str, Grid],
@@ -99,7 +119,7 @@ def compare(
     """
     calls = sorted(calls)
     exact = converged(problem, folder)
-    exact_features = problem.features(exact)
+    distance = frechet_distance_to(problem.data)
     for solver_name, make in solvers.items():
         sampler = make_sampler(problem, make(), calls[-1])
         for grid_name, grid in grids.items():
@@ -107,19 +127,55 @@ def compare(
                 times = times_of(problem.schedule, grid, make(), count)
                 if times is None:
                     continue
-                path = folder / problem.name / f"{solver_name}_{grid_name}_{count}.npy"
+                path = _path(problem, folder, solver_name, grid_name, count)
                 x = _stored(path, functools.partial(sampler, times))
-                judged = judge(x, exact, problem.features, exact_features, problem.data, resamples)
+                judged = _judge(x, exact, problem, distance, resamples)
                 yield Result(problem.name, grid_name, solver_name, count, *judged)
 
 
-def judge(
-    x: np.ndarray,
-    exact: np.ndarray,
-    features: Callable[[np.ndarray], np.ndarray],
-    exact_features: np.ndarray,
-    data: np.ndarray | None,
-    resamples: int,
+def ratios(
+    problem: Problem, results: Iterable[Result], folder: Path, solver: str, peers: Collection[str], resamples: int = 100
+) -> Iterator[Ratio]:
+    """How one solver compares with the best of its peers, which may be another one for every figure and run.
+
+    Args:
+      problem: the model.
+      results: what `compare` yielded of it.
+      folder: where `compare` stored the samples.
+      solver: the solver's name.
+      peers: the names of the solvers to compare with.
+      resamples: of the bootstrap.
+
+    Yields:
+      For every grid and number of calls that `solver` and a peer have taken the ratio of Frechet distances, then that
+      of median trajectory errors, with intervals from the same rows of both.
+    """
+    results = [r for r in results if r.problem == problem.name]
+    exact = converged(problem, folder)
+    distance = frechet_distance_to(problem.data)
+
+    for mine in (r for r in results if r.solver == solver):
+        rivals = [r for r in results if (r.grid, r.calls) == (mine.grid, mine.calls) and r.solver in peers]
+        for figure in ("frechet", "median") if rivals else ():
+            best = min(rivals, key=lambda r: getattr(r, figure).value)  # noqa: B023
+            if not np.isfinite(getattr(mine, figure).value):
+                ratio = Estimate(np.inf, np.inf, np.inf)
+            else:
+                pair = [np.load(_path(problem, folder, r.solver, r.grid, r.calls)) for r in (mine, best)]
+                if figure == "frechet":
+                    pair, statistic = [problem.features(x) for x in pair], distance
+                else:
+                    pair, statistic = [trajectory_errors(x, exact) for x in pair], _median
+
+                def of_rows(rows: np.ndarray, pair: list = pair, statistic: Callable = statistic) -> float:
+                    return statistic(pair[0][rows]) / max(statistic(pair[1][rows]), np.finfo(np.float64).tiny)
+
+                ratio = bootstrap(of_rows, len(problem.noise), resamples=resamples)
+            yield Ratio(problem.name, mine.grid, mine.calls, figure, best.solver, ratio)
+
+
+def _judge(
+    x: np.ndarray, exact: np.ndarray, problem: Problem, distance: Callable[[np.ndarray], float], resamples: int
 ) -> tuple[Estimate, Estimate, Estimate, Estimate, float]:
     """The figures of a `Result` from its samples: with a sample that is not finite the distances are infinite."""
     blown_up = 1 - np.isfinite(x).reshape(len(x), -1).all(1).mean()
@@ -131,15 +187,14 @@ def judge(
     if blown_up:
         infinite = Estimate(np.inf, np.inf, np.inf)
         return infinite, infinite, median, worst_tenth, float(blown_up)
-    found = features(x)
-
-    def frechet_of(rows: np.ndarray) -> float:
-        # Against converged samples of the same noise, the same rows of both are drawn.
-        return frechet_distance(found[rows], exact_features[rows] if data is None else data)
-
-    frechet = bootstrap(frechet_of, len(x), resamples=resamples)
-    value, error = kernel_distance(found, exact_features if data is None else data)
+    found = problem.features(x)
+    frechet = bootstrap(lambda rows: distance(found[rows]), len(x), resamples=resamples)
+    value, error = kernel_distance(found, problem.data)
     return frechet, Estimate(value, value - 1.96 * error, value + 1.96 * error), median, worst_tenth, 0.0
+
+
+def _median(errors: np.ndarray) -> float:
+    return float(np.quantile(errors, 0.5, method="higher"))
 
 
 def converged(problem: Problem, folder: Path, steps: int = _CONVERGED_STEPS) -> np.ndarray:
@@ -177,6 +232,10 @@ def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[
         return np.concatenate(made)[:count]
 
     return sampler
+
+
+def _path(problem: Problem, folder: Path, solver: str, grid: str, calls: int) -> Path:
+    return folder / problem.name / f"{solver}_{grid}_{calls}.npy"
 
 
 def _stored(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:

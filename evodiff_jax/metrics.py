@@ -47,12 +47,32 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     References:
       Heusel et al. 2017, arXiv 1706.08500, Eq. 6.
     """
-    a, b = _check_sets(a, b)
-    shift = a.mean(0) - b.mean(0)
-    # tr (C_a C_b)^(1/2) is the nuclear norm of A B^T for C_a = A^T A and C_b = B^T B: no covariance is squared.
-    roots = [_centered_root(features) for features in (a, b)]
-    overlap = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(shift @ shift + sum(np.square(root).sum() for root in roots) - 2 * overlap)
+    return frechet_distance_to(b)(a)
+
+
+def frechet_distance_to(b: ArrayLike) -> Callable[[ArrayLike], float]:
+    """`frechet_distance` to one set, whose part of the work is done once: for many sets, or a bootstrap.
+
+    Args:
+      b: (M, D) features.
+
+    Returns:
+      A function from (N, D) features to the distance.
+
+    Raises:
+      ValueError: as `frechet_distance`, here or when it is called.
+    """
+    _, b = _check_sets(b, b)
+    mean_b, root_b = b.mean(0), _centered_root(b)
+
+    def distance(a: ArrayLike) -> float:
+        checked, _ = _check_sets(a, b)
+        shift, root_a = checked.mean(0) - mean_b, _centered_root(checked)
+        # tr (C_a C_b)^(1/2) is the nuclear norm of A B^T for C_a = A^T A and C_b = B^T B: no covariance is squared.
+        overlap = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+        return float(shift @ shift + np.square(root_a).sum() + np.square(root_b).sum() - 2 * overlap)
+
+    return distance
 
 
 def kernel_distance(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:

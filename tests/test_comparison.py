@@ -6,12 +6,13 @@ import pytest
 
 import evodiff_jax as ed
 from evodiff_jax import comparison
-from evodiff_jax.comparison import Problem, compare, converged, make_sampler, times_of
+from evodiff_jax.comparison import Problem, compare, converged, make_sampler, ratios, times_of
 from evodiff_jax.metrics import frechet_distance
 from evodiff_jax.solvers import SOLVERS
 
 SCHEDULE = ed.schedules.edm(0.02, 20.0)
 CENTERS = np.array([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]])
+DATA = CENTERS[np.arange(300) % 3] + np.random.default_rng(2).normal(0, 0.2, (300, 2))
 CHOSEN = {name: SOLVERS[name] for name in ("evodiff", "ddim", "dpm_solver_pp", "heun")}
 GRIDS = {"log_snr": ed.grids.log_snr}
 
@@ -26,7 +27,7 @@ def problem(count=50, batch=16, denoise=None, **options):
         noise=np.random.default_rng(0).normal(0, 20, (count, 2)).astype(np.float32),
         condition=None,
         features=lambda x: x,
-        data=None,
+        data=DATA,
         batch=batch,
         **options,
     )
@@ -51,7 +52,7 @@ def test_figures_of_all_runs_and_what_they_mean(tmp_path):
         errors = np.sqrt(np.mean((x - exact) ** 2, axis=1))
         assert result.median.value == pytest.approx(np.quantile(errors, 0.5, method="higher"), rel=1e-5)
         assert result.worst_tenth.value == pytest.approx(np.quantile(errors, 0.9, method="higher"), rel=1e-5)
-        assert result.frechet.value == pytest.approx(frechet_distance(x, exact), rel=1e-5)
+        assert result.frechet.value == pytest.approx(frechet_distance(x, DATA), rel=1e-5)
         for estimate in (result.kernel, result.median, result.worst_tenth):
             assert estimate.low <= estimate.value <= estimate.high
         assert result.blown_up == 0
@@ -91,3 +92,17 @@ def test_samples_that_blow_up_are_counted_and_not_hidden(tmp_path):
     assert result.blown_up == pytest.approx(1 / 50)
     assert result.frechet.value == result.kernel.value == np.inf
     assert np.isfinite(result.median.value)
+
+
+def test_ratios_to_the_best_peer_of_every_figure(tmp_path):
+    results = list(compare(problem(), GRIDS, [6, 10], tmp_path, CHOSEN, resamples=5))
+    peers = ("ddim", "dpm_solver_pp", "heun")
+    found = list(ratios(problem(), results, tmp_path, "evodiff", peers, resamples=50))
+    assert [(r.calls, r.figure) for r in found] == [(c, f) for c in (6, 10) for f in ("frechet", "median")]
+    for ratio in found:
+        values = {r.solver: getattr(r, ratio.figure).value for r in results if r.calls == ratio.calls}
+        assert ratio.peer == min(peers, key=values.__getitem__)
+        assert ratio.ratio.value == pytest.approx(values["evodiff"] / values[ratio.peer])
+        assert ratio.ratio.low < ratio.ratio.value < ratio.ratio.high
+    itself = list(ratios(problem(), results, tmp_path, "ddim", ["ddim"], resamples=5))
+    assert all(tuple(r.ratio) == (1, 1, 1) for r in itself)  # the same rows of both
