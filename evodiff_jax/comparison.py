@@ -157,7 +157,7 @@ def ratios(
     for mine in (r for r in results if r.solver == solver):
         rivals = [r for r in results if (r.grid, r.calls) == (mine.grid, mine.calls) and r.solver in peers]
         for figure in ("frechet", "median") if rivals else ():
-            best = min(rivals, key=lambda r: getattr(r, figure).value)  # noqa: B023
+            best = min(rivals, key=lambda r: getattr(r, figure).value)
             if not np.isfinite(getattr(mine, figure).value):
                 ratio = Estimate(np.inf, np.inf, np.inf)
             else:
