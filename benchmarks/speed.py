@@ -3,13 +3,15 @@
     uv run python benchmarks/speed.py
     uv run python benchmarks/speed.py --quick
 
-1. Versions, device, and copy bandwidth: on a CPU that of one thread, over as many arrays as EVODiff keeps.
+1. Versions, device, and copy bandwidth, over as many arrays as EVODiff keeps.
 2. What a solver adds to a model call, with the identity for a network, and the same in units of moving 11 arrays of
-   the state at the copy bandwidth measured in the same rounds.
+   the state at the copy bandwidth measured in the same rounds: on a CPU that of one thread, which more cores than one
+   can exceed, and that of a thread a core.
 3. The same for PyTorch peers, on a CPU and where torch and diffusers can be imported: the `step` of diffusers'
    schedulers, and EVODiff's own release where --released is its evodiff.py (code_demo/edm_cifar10/samplers in
    github.com/ShiguiLi/EVODiff, with utils.py beside it; the file is executed). The release takes states of four axes
-   with the channels second: the same elements are given to it so. Its predictions are the identity too.
+   with the channels second: the same elements are given to it so. Its predictions are the identity too, of which
+   it makes NaN, in the same time.
 4. The packaged U-Net: sampling 16 images in 10 steps over 10 calls of the jitted network.
 5. Seconds to trace and compile, and the size of the program, against the number of steps.
 6. Temporary memory of samplers and of gradients, in states.
@@ -30,6 +32,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +47,7 @@ Turn = Callable[[], float]
 
 STATES = ((64, 32, 32, 3), (256, 32, 32, 3), (4, 64, 64, 4, 16))
 CALLS = 20
+COPIES = 200
 ARRAYS_MOVED = 11
 ARRAYS_KEPT = 4
 CORES = os.cpu_count() or 1
@@ -54,6 +58,7 @@ SOLVERS = {
     "dpm_solver_pp": solvers.dpm_solver_pp(2),
     "unipc": solvers.unipc(2),
 }
+FORMS = {**SOLVERS, "evodiff(channel_axis=None)": solvers.evodiff(channel_axis=None)}
 
 
 class Peer(NamedTuple):
@@ -101,18 +106,22 @@ def noise(shape: tuple[int, ...]) -> jax.Array:
     return SCHEDULE.t_max * jax.random.normal(jax.random.key(0), shape, jnp.float32)
 
 
-def copying(x: jax.Array) -> Turn:
-    """CALLS copies of the state."""
+def copying(x: jax.Array) -> dict[str, Turn]:
+    """COPIES copies of the state, by who makes them."""
     if jax.default_backend() != "cpu":
-        copies = jax.jit(lambda x: jax.lax.fori_loop(0, CALLS, lambda _, x: -x, x))
-        return lambda: seconds(lambda: copies(x))
-    arrays = [np.array(x) + i for i in range(ARRAYS_KEPT)]
+        copies = jax.jit(lambda x: jax.lax.fori_loop(0, COPIES, lambda _, x: -x, x))
+        return {"the device": lambda: seconds(lambda: copies(x))}
 
-    def copy() -> None:
-        for turn in range(CALLS):
+    def copy(arrays: list[np.ndarray]) -> None:
+        for turn in range(COPIES):
             np.copyto(arrays[(turn + 1) % ARRAYS_KEPT], arrays[turn % ARRAYS_KEPT])
 
-    return lambda: seconds(copy)
+    def by(threads: int) -> Turn:
+        parts = [[part + i for i in range(ARRAYS_KEPT)] for part in np.array_split(np.array(x).ravel(), threads)]
+        pool = ThreadPoolExecutor(threads)
+        return lambda: seconds(lambda: list(pool.map(copy, parts)))
+
+    return {"1 thread": by(1), f"{CORES} threads": by(CORES)}
 
 
 def identity_sampler(x: jax.Array, solver: ed.Solver) -> jax.stages.Compiled:
@@ -130,34 +139,38 @@ def temporary(compiled: jax.stages.Compiled, state_bytes: int) -> str:
 def print_machine(rounds: int) -> None:
     """Versions, the device and its copy bandwidth."""
     x = noise(STATES[1])
-    rate = 2 * x.nbytes * CALLS / medians({"copy": copying(x)}, rounds)["copy"]
-    print(f"jax {jax.__version__}, backend {jax.default_backend()}, {jax.devices()[0].device_kind}, {CORES} CPU cores")
-    print(f"copies of {x.nbytes / 1e6:.2f} MB at {rate / 1e9:.1f} GB/s, read and written")
+    found = medians(copying(x), rounds)
+    rates = ", ".join(f"{2 * x.nbytes * COPIES / value / 1e9:.1f} GB/s by {who}" for who, value in found.items())
+    print(
+        f"jax {jax.__version__}, backend {jax.default_backend()}, {jax.devices()[0].device_kind}, {CORES} CPU cores\n"
+    )
+    print(f"copies of {x.nbytes / 1e6:.2f} MB, read and written: {rates}")
 
 
 def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
     """Time that a solver adds to a model call, of the solvers here and of the peers."""
-    ours, theirs = [], []
+    ours, theirs, copiers = [], [], []
     for shape in STATES:
         x = noise(shape)
-        compiled = {name: identity_sampler(x, solver) for name, solver in SOLVERS.items()}
-        turns: dict[str, Turn] = {name: lambda run=run, x=x: seconds(lambda: run(x)) for name, run in compiled.items()}
-        turns["copy"] = copying(x)
+        copies = copying(x)
+        turns = dict(copies)
+        for name, solver in FORMS.items():
+            turns[name] = lambda run=identity_sampler(x, solver), x=x: seconds(lambda: run(x))
         for peer in peers:
             turns[peer.name] = lambda peer=peer, x=x: peer.run(np.array(x))
-        per_call = {name: value / CALLS for name, value in medians(turns, rounds).items()}
-        limit = per_call["copy"] * ARRAYS_MOVED / 2
-        rate = f"{2 * x.nbytes / per_call['copy'] / 1e9:.1f}"
-        for name in SOLVERS:
-            value = per_call[name]
-            ours.append((title(shape), f"`{name}`", f"{value * 1e3:.3f}", rate, f"{value / limit:.2f}"))
+        found = medians(turns, rounds)
+        per_call = {name: value / (COPIES if name in copies else CALLS) for name, value in found.items()}
+        copiers = [f"in units of {ARRAYS_MOVED} arrays by {who}" for who in copies]
+        for name in FORMS:
+            units = [f"{per_call[name] / (per_call[who] * ARRAYS_MOVED / 2):.2f}" for who in copies]
+            ours.append((title(shape), f"`{name}`", f"{per_call[name] * 1e3:.3f}", *units))
         for peer in peers:
             a, b = per_call[peer.name], per_call[peer.ours]
             theirs.append(
                 (title(shape), peer.name, f"{a * 1e3:.3f}", f"`{peer.ours}`", f"{b * 1e3:.3f}", f"{a / b:.1f}")
             )
     print(f"\n### Solver overhead, identity network, {CALLS} calls\n")
-    print_table(("state", "solver", "ms a call", "copy GB/s", f"in units of {ARRAYS_MOVED} arrays"), ours)
+    print_table(("state", "solver", "ms a call", *copiers), ours)
     if not peers:
         print("\nNo PyTorch peers: they are measured on a CPU, where torch and diffusers can be imported.")
     else:
@@ -299,7 +312,7 @@ def deep(x: jax.Array, t: jax.Array) -> jax.Array:
 def print_memory(step_counts: Sequence[int]) -> None:
     """Peak temporary memory of the compiled sampler and of its gradient."""
     x = noise(STATES[1])
-    rows = [(f"`{name}`", temporary(identity_sampler(x, solver), x.nbytes)) for name, solver in SOLVERS.items()]
+    rows = [(f"`{name}`", temporary(identity_sampler(x, solver), x.nbytes)) for name, solver in FORMS.items()]
     print(f"\n### Temporary memory in states, identity network, {title(STATES[1])}, {CALLS} calls\n")
     print_table(("solver", "states"), rows)
 
