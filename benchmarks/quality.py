@@ -25,10 +25,9 @@ import numpy as np
 
 import evodiff_jax as ed
 from evodiff_jax import models
-from evodiff_jax.comparison import Problem, Ratio, Result, compare, converged, ratios
+from evodiff_jax.comparison import FORMS, Problem, Ratio, Result, compare, converged, ratios
 from evodiff_jax.data import load_fashion_mnist
 from evodiff_jax.grids import GRIDS
-from evodiff_jax.solvers import SOLVERS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
 COLUMNS = ("frechet", "kernel", "median", "worst_tenth")
@@ -153,7 +152,7 @@ def main() -> None:
         problem = PROBLEMS[name](args.samples, args.store)
         results += tqdm(compare(problem, grids, args.calls, args.store), desc=name, unit="run", disable=None)
         write_csv(args.store / "results.csv", results)
-        compared += ratios(problem, results, args.store, "evodiff", set(SOLVERS) - {"evodiff", "evodiff_reference"})
+        compared += ratios(problem, results, args.store, "evodiff", set(FORMS) - {"evodiff", "evodiff_reference"})
     print_tables(results, compared)
 
 

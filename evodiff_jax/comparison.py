@@ -17,10 +17,27 @@ from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel
 from evodiff_jax.plans import plan
 from evodiff_jax.sampling import sample_plan
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import SOLVERS, unipc
+from evodiff_jax.solvers import SOLVERS, deis, dpm_solver, dpm_solver_pp, ipndm, ipndm_v, unipc
 from evodiff_jax.tables import Plan, Solver
 
 _CONVERGED_STEPS = 500
+
+# Every deterministic solver in the forms that people use: a family's name, and its order where it has several.
+FORMS: dict[str, Callable[[], Solver]] = {
+    **{name: SOLVERS[name] for name in ("evodiff", "evodiff_reference", "ddim", "heun", "dpm_2")},
+    **{
+        f"{make.__name__}-{order}": functools.partial(make, order)
+        for make, orders in (
+            (dpm_solver, (2, 3)),
+            (dpm_solver_pp, (2, 3)),
+            (unipc, (2, 3)),
+            (deis, (2, 3)),
+            (ipndm, (2, 3, 4)),
+            (ipndm_v, (2, 4)),
+        )
+        for order in orders
+    },
+}
 
 
 class Problem(NamedTuple):
@@ -100,7 +117,7 @@ def compare(
     grids: dict[str, Grid],
     calls: Iterable[int],
     folder: Path,
-    solvers: dict[str, Callable[[], Solver]] = SOLVERS,
+    solvers: dict[str, Callable[[], Solver]] = FORMS,
     resamples: int = 100,
 ) -> Iterator[Result]:
     """Runs and judges every solver on every grid at every number of model calls that it can take.
