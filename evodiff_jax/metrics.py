@@ -156,7 +156,9 @@ def bootstrap(
         raise ValueError(f"bootstrap needs samples, resamples and 0 < level < 1, got {count}, {resamples} and {level}")
     random = np.random.default_rng(seed)
     drawn = [statistic(random.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    # Draws themselves, nothing between two of them: they may be infinite.
+    low = np.quantile(drawn, (1 - level) / 2, method="lower")
+    high = np.quantile(drawn, (1 + level) / 2, method="higher")
     return Estimate(statistic(np.arange(count)), float(low), float(high))
 
 

@@ -1,4 +1,4 @@
-"""The command line: `evodiff-jax sample`, `train` and `info`.
+"""The command line: `evodiff-jax sample`, `compare`, `train` and `info`.
 
 Exit codes: 0 done, 1 training diverged, 2 a bad argument or file, 130 interrupted, 141 nobody reads the output. What
 went wrong is one line on stderr.
@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 
 from evodiff_jax import __version__
+from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 from evodiff_jax.cli.train import add_train_arguments, run_train
 
@@ -81,9 +82,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(_PROGRAM, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{sample,train,info}")
+    commands = parser.add_subparsers(required=True, metavar="{sample,compare,train,info}")
     for name, add_arguments, run, summary in (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
+        ("compare", add_compare_arguments, run_compare, "compare solvers on a model"),
         ("train", add_train_arguments, run_train, "train the packaged models again"),
         ("info", lambda _: None, run_info, "versions, devices and packaged models"),
     ):

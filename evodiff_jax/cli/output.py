@@ -66,3 +66,18 @@ def check_output(option: str, path: Path, suffix: str) -> None:
         write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raises an error if the folder could not be written to, or not be made, before any work is done for it."""
+    where = path if path.exists() else path.parent
+    if not where.is_dir():
+        wrong = (
+            f"{str(path)!r} is a file, a folder is needed" if path.exists() else f"there is no folder {str(where)!r}"
+        )
+        raise ValueError(f"argument {option}: {wrong}")
+    try:
+        # Beside a folder that is not there: its own name may be too long.
+        write_temporary(path / "test" if path.exists() else path, lambda file: None).unlink()
+    except OSError as error:
+        raise ValueError(f"argument {option}: cannot write to {str(path)!r}: {error.strerror}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evodiff_jax.cli.arguments import guidance, integer
 from evodiff_jax.cli.output import check_output, make_picture
 from evodiff_jax.data import CLASS_NAMES
 from evodiff_jax.denoisers import classifier_free_guidance
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
-_MAX_GUIDANCE = 100.0
 
 
 class Run(NamedTuple):
@@ -48,21 +47,21 @@ class Run(NamedTuple):
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evodiff-jax sample`."""
     add = parser.add_argument
-    add("--num", type=_integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
-    add("--batch", type=_integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
-    add("--steps", type=_integer(1, _MAX_STEPS), default=10, help="steps, a model call each (default: %(default)s)")
+    add("--num", type=integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
+    add("--batch", type=integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
+    add("--steps", type=integer(1, _MAX_STEPS), default=10, help="steps, a model call each (default: %(default)s)")
     add("--solver", choices=SOLVERS, default="evodiff", help="(default: %(default)s)")
     add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
     add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: all in turn)")
     add(
         "--guidance",
-        type=_guidance,
+        type=guidance,
         default=1.0,
         metavar="SCALE",
         help="classifier-free guidance (default: 1, which is none)",
     )
     add("--denoise-to-zero", action="store_true", help="end with one more model call, at the last noise level")
-    add("--seed", type=_integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)")
     add(
         "--checkpoint",
@@ -207,31 +206,6 @@ def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, 
             images.append(np.asarray(x))
             bar.update(min(batch, num - bar.n))
     return Run(np.concatenate(images)[:num], compiled_at - start, sampling / len(indices))
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    """An argument's type: an integer in low .. high."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be an integer in {low} .. {high}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _guidance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= _MAX_GUIDANCE:
-        raise argparse.ArgumentTypeError(f"must be a number in 0 .. {_MAX_GUIDANCE:g}, got {text!r}")
-    return value
 
 
 def _letters(name: str) -> str:

@@ -1,0 +1,126 @@
+"""`evodiff-jax compare`: solvers on the packaged model, one of your own, or an exact one."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from evodiff_jax import __version__
+from evodiff_jax.cli.arguments import guidance, integer
+from evodiff_jax.cli.output import check_folder
+from evodiff_jax.grids import GRIDS
+from evodiff_jax.schedules import edm
+
+if TYPE_CHECKING:
+    from evodiff_jax.comparison import Problem
+
+_PACKAGED = "fashion_mnist"
+_CALLS = (5, 6, 8, 10, 12, 15, 20)
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `evodiff-jax compare`."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="PATH",
+        help="model file that training wrote (default: the packaged model)",
+    )
+    add("--exact", metavar="MODEL", help="mixture-2d or mixture-64d, models without error, for a network")
+    add("--guidance", type=guidance, metavar="SCALE", help="classifier-free guidance (default: 1, which is none)")
+    add("--data", metavar="DIR", help="folder of the Fashion-MNIST IDX files")
+    add("--solvers", nargs="+", metavar="SOLVER", help="(default: every deterministic one)")
+    add("--grids", nargs="+", choices=GRIDS, default=["log_snr", "karras"], help="(default: log_snr karras)")
+    add(
+        "--calls",
+        nargs="+",
+        type=integer(1, 1_000),
+        default=_CALLS,
+        help=f"model calls a sample (default: {' '.join(map(str, _CALLS))})",
+    )
+    add("--samples", type=integer(10, 50_000), default=200, help="samples of every run (default: %(default)s)")
+    add("--batch", type=integer(1, 50_000), default=100, help="images at a time (default: %(default)s)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("evodiff_compare"),
+        metavar="DIR",
+        help="folder of report and runs; a run that was stopped goes on there (default: %(default)s)",
+    )
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Runs `evodiff-jax compare`.
+
+    Args:
+        args: what `add_compare_arguments` parsed.
+
+    Raises:
+        ValueError: an argument is out of range, the folder's runs are others, the model is unusable, or a batch does
+            not fit in memory.
+        FileNotFoundError: the model, or data that judge it, are not there.
+        OSError: an output cannot be written.
+    """
+    if args.exact is not None:
+        for option, given in (("--checkpoint", args.checkpoint), ("--guidance", args.guidance), ("--data", args.data)):
+            if given is not None:
+                raise ValueError(f"argument {option}: not with --exact, whose models have no classes and need no data")
+    check_folder("--out", args.out)
+
+    from tqdm import tqdm
+
+    from evodiff_jax import comparison
+
+    comparison.check_plots()
+    if args.exact not in (None, *comparison.MIXTURES):
+        raise ValueError(f"argument --exact: must be one of {', '.join(comparison.MIXTURES)}, got {args.exact!r}")
+    for name in args.solvers or ():
+        if name not in comparison.FORMS:
+            raise ValueError(f"argument --solvers: must be of {', '.join(comparison.FORMS)}, got {name!r}")
+    solvers = {name: make for name, make in comparison.FORMS.items() if name in (args.solvers or comparison.FORMS)}
+    grids, calls = {name: GRIDS[name] for name in args.grids}, sorted(set(args.calls))
+    planned = comparison.runs(edm(), grids, calls, solvers)
+    if not planned:
+        raise ValueError(f"argument --calls: {', '.join(solvers)} have no runs of {', '.join(map(str, calls))} calls")
+
+    try:
+        problem = _problem(args)
+        made = comparison.compare(problem, grids, calls, args.out, solvers)
+        # disable=None: no bar unless stderr is a terminal.
+        results = list(tqdm(made, total=len(planned), desc=problem.name, unit="run", leave=False, disable=None))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise ValueError(f"a batch of {args.batch} does not fit in memory: use a smaller --batch") from error
+        raise
+
+    title, path = f"Solvers on {problem.name}", args.out / "report.md"
+    written = comparison.write_report(path, title, _facts(args), [(problem, results)], args.out, args.out)
+    print(f"model    {problem.name}")
+    print(f"judged   by {problem.judged_by}")
+    print(f"runs     {len(results)} of {args.samples} samples, seed {args.seed}")
+    print(f"output   {', '.join(map(str, written))}")
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    from evodiff_jax import comparison, models
+
+    batch = min(args.batch, args.samples)
+    if args.exact is not None:
+        return comparison.mixture(args.exact, args.samples, args.out, args.seed, batch)
+    model = models.load(args.checkpoint or _PACKAGED)
+    if model.image_shape[2] not in (1, 3):
+        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
+    scale = 1.0 if args.guidance is None else args.guidance
+    return comparison.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
+
+
+def _facts(args: argparse.Namespace) -> list[str]:
+    scale = [] if args.exact is not None else [f"guidance {1.0 if args.guidance is None else args.guidance:g}"]
+    device = jax.devices()[0]
+    versions = f"evodiff_jax {__version__}, jax {jax.__version__}, python {platform.python_version()}"
+    return [", ".join([f"seed {args.seed}", *scale]), versions, f"{device.platform}, {device.device_kind}"]

@@ -1,0 +1,38 @@
+"""Solvers compared on one model: the same noise, the same numbers of model calls, distances with their intervals.
+
+Runs are stored one by one as they are made, so that a comparison can be interrupted and goes on where it was.
+"""
+
+from evodiff_jax.comparison._document import write_report
+from evodiff_jax.comparison._plots import check_plots
+from evodiff_jax.comparison._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture
+from evodiff_jax.comparison._report import REFERENCE, SUBJECT, standings
+from evodiff_jax.comparison._results import Ratio, Result, best_grids, compare, ratios
+from evodiff_jax.comparison._runs import FORMS, Problem, converged, make_sampler, runs, times_of
+from evodiff_jax.comparison._store import check_store
+
+__all__ = [
+    "FORMS",
+    "MIXTURES",
+    "REFERENCE",
+    "SUBJECT",
+    "Problem",
+    "Ratio",
+    "Result",
+    "best_grids",
+    "check_plots",
+    "check_store",
+    "compare",
+    "converged",
+    "exact",
+    "image_model",
+    "in_parts",
+    "judged_by_itself",
+    "make_sampler",
+    "mixture",
+    "ratios",
+    "runs",
+    "standings",
+    "times_of",
+    "write_report",
+]

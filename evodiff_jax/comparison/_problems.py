@@ -1,0 +1,186 @@
+"""Models to compare solvers on: exact ones, and image models with what judges their samples."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evodiff_jax.comparison._runs import Problem, converged
+from evodiff_jax.comparison._store import check_store
+from evodiff_jax.data import load_fashion_mnist
+from evodiff_jax.denoisers import classifier_free_guidance, gaussian_mixture
+from evodiff_jax.models import Model, load_classifier
+from evodiff_jax.schedules import edm
+
+_EXACT_DRAWS = 10_000
+_IN_FEATURES = 200  # images at a time
+
+# The exact models that `mixture` makes.
+MIXTURES = ("mixture-2d", "mixture-64d")
+
+
+def mixture(name: str, samples: int, folder: Path, seed: int = 0, batch: int = 250) -> Problem:
+    """One of MIXTURES, whose modes are drawn at random once and for all."""
+    random = np.random.default_rng(0)
+    if name == "mixture-2d":
+        centers, std = random.uniform(-1, 1, (12, 2)), 0.05
+    else:
+        centers, std = random.normal(0, 0.6, (32, 64)), 0.1
+    return exact(name, centers, std, samples, folder, seed, batch)
+
+
+def exact(
+    name: str, centers: np.ndarray, std: float, samples: int, folder: Path, seed: int = 0, batch: int = 250
+) -> Problem:
+    """A mixture of equally likely Gaussians, judged by its coordinates.
+
+    Args:
+      name: what it is called.
+      centers: (K, D) the means.
+      std: their common standard deviation.
+      samples: how many to make.
+      folder: where they are stored.
+      seed: of the noise.
+      batch: how many samples at a time.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: the folder holds runs of this name with other settings.
+    """
+    check_store(folder / name, {"samples": samples, "seed": seed})
+    schedule = edm()
+    denoise = gaussian_mixture(centers, std, schedule)
+    noise = schedule.t_max * np.random.default_rng(seed).standard_normal((samples, *centers.shape[1:]), np.float32)
+    random = np.random.default_rng(2)
+    draws = random.choice(centers, _EXACT_DRAWS) + std * random.standard_normal((_EXACT_DRAWS, *centers.shape[1:]))
+    return Problem(
+        name=name,
+        denoise=lambda _, x, t, __: denoise(x, t),
+        params=None,
+        schedule=schedule,
+        noise=noise,
+        condition=None,
+        features=lambda x: x,
+        data=draws,
+        batch=batch,
+        judged_by=f"the {centers.shape[1]} coordinates, against {_EXACT_DRAWS:,} draws of the exact distribution",
+    )
+
+
+def image_model(
+    name: str,
+    model: Model,
+    samples: int,
+    folder: Path,
+    seed: int = 0,
+    guidance: float = 1.0,
+    batch: int = 100,
+    data: str | os.PathLike[str] | None = None,
+) -> Problem:
+    """A class-conditional image model, with the classes in turn.
+
+    Images of the packaged classifier's shape are judged by its features against the test set of Fashion-MNIST; others
+    by their pixels against converged samples of other noise.
+
+    Args:
+      name: what it is called.
+      model: the model.
+      samples: how many to make.
+      folder: where they are stored.
+      seed: of the noise.
+      guidance: scale of classifier-free guidance.
+      batch: how many samples at a time.
+      data: folder of the IDX files of Fashion-MNIST, see `load_fashion_mnist`.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: the folder holds runs of this name with other settings.
+      FileNotFoundError: Fashion-MNIST is needed and not there.
+    """
+    classifier = load_classifier("fashion_mnist")
+    fits = model.image_shape == classifier.config.image_shape
+    test = load_fashion_mnist("test", data).images if fits else None
+    weights = _digest(model.params)
+    check_store(folder / name, {"samples": samples, "seed": seed, "weights": weights, "guidance": guidance})
+
+    schedule = edm(model.sigma_min, model.sigma_max)
+    of_images = jax.jit(lambda params, x: classifier.predict(params, x).features)
+
+    def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
+        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
+        null = jnp.full_like(labels, model.null_class)
+        return classifier_free_guidance(conditional, labels, null, guidance)(x, t)
+
+    def features(x: np.ndarray) -> np.ndarray:
+        return in_parts(lambda part: of_images(classifier.params, part), x)
+
+    count = samples if fits else 3 * samples
+    shape = (count, *model.image_shape)
+    problem = Problem(
+        name=name,
+        denoise=denoise,
+        params=model.params,
+        schedule=schedule,
+        noise=schedule.t_max * np.random.default_rng(seed).standard_normal(shape, np.float32),
+        condition=np.arange(count, dtype=np.int32) % model.num_classes,
+        features=features if fits else lambda x: x.reshape(len(x), -1),
+        data=np.empty(0),
+        batch=batch,
+        images=lambda x: x,
+    )
+    if test is None:
+        settings = {"seed": seed, "weights": weights, "guidance": guidance}
+        return judged_by_itself(problem, samples, folder, "the pixels", settings)
+    width = classifier.config.features
+    judged_by = f"{width} features of the packaged classifier, against the {len(test):,} test images of Fashion-MNIST"
+    return problem._replace(data=features(test), judged_by=judged_by)
+
+
+def judged_by_itself(problem: Problem, samples: int, folder: Path, judged_by: str, settings: dict) -> Problem:
+    """A problem of the first samples, with converged samples from all other noise for data.
+
+    Args:
+      problem: what to sample from, with more noise than `samples`.
+      samples: how many to make.
+      folder: where they are stored.
+      judged_by: the features, in words.
+      settings: as for `check_store`, without the number of samples.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: the folder holds data of other settings, or the converged samples are not finite.
+    """
+    others = len(problem.noise) - samples
+    noise, condition = jax.tree.map(lambda leaf: leaf[samples:], (problem.noise, problem.condition))
+    other = problem._replace(name=f"{problem.name}-data", noise=noise, condition=condition)
+    check_store(folder / other.name, {"samples": others, **settings})
+    noise, condition = jax.tree.map(lambda leaf: leaf[:samples], (problem.noise, problem.condition))
+    return problem._replace(
+        noise=noise,
+        condition=condition,
+        data=problem.features(converged(other, folder)),
+        judged_by=f"{judged_by}, against {others:,} converged samples from other noise",
+    )
+
+
+def in_parts(function: Any, x: np.ndarray) -> np.ndarray:
+    """A function of a batch of images on the device, applied to as many as there are."""
+    parts = np.split(x, range(_IN_FEATURES, len(x), _IN_FEATURES))
+    return np.concatenate([np.asarray(function(part)) for part in parts])
+
+
+def _digest(params: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,221 @@
+"""What runs are worth: distances and errors with their intervals, and ratios to the best peer."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evodiff_jax.comparison._runs import FORMS, Problem, Run, converged, make_sampler, runs
+from evodiff_jax.comparison._store import Figures, stored
+from evodiff_jax.grids import Grid
+from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel_distance, trajectory_errors
+from evodiff_jax.tables import Solver
+
+_INFINITE = Estimate(np.inf, np.inf, np.inf)
+
+
+class Result(NamedTuple):
+    """What one run is worth.
+
+    Attributes:
+      problem: the problem's name.
+      grid: the grid's name.
+      solver: the solver's name.
+      calls: the number of model calls of a sample.
+      frechet: the Frechet distance in the problem's features.
+      kernel: the kernel distance, with an interval of 1.96 standard errors.
+      median: the median over samples of the trajectory error.
+      worst_tenth: its 90th percentile.
+      samples: the number of samples.
+      blown_up: the number of them that are not finite.
+    """
+
+    problem: str
+    grid: str
+    solver: str
+    calls: int
+    frechet: Estimate
+    kernel: Estimate
+    median: Estimate
+    worst_tenth: Estimate
+    samples: int
+    blown_up: int
+
+
+class Ratio(NamedTuple):
+    """A solver's figure over the best peer's, on the same noise and number of calls.
+
+    Attributes:
+      problem: the problem's name.
+      grid: the grid's name.
+      calls: the number of model calls of a sample.
+      figure: "frechet" or "median", as in `Result`.
+      peer: the name of the best peer.
+      peer_grid: the name of its grid.
+      ratio: below 1 where the solver is better.
+    """
+
+    problem: str
+    grid: str
+    calls: int
+    figure: str
+    peer: str
+    peer_grid: str
+    ratio: Estimate
+
+
+def compare(
+    problem: Problem,
+    grids: dict[str, Grid],
+    calls: Iterable[int],
+    folder: Path,
+    solvers: dict[str, Callable[[], Solver]] = FORMS,
+    resamples: int = 100,
+    stored_only: bool = False,
+) -> Iterator[Result]:
+    """Runs and judges every solver on every grid at every number of model calls that it can take.
+
+    Args:
+      problem: the model.
+      grids: grids by name.
+      calls: numbers of model calls a sample.
+      folder: where samples and figures are stored, in a folder of the problem's name, and found when they have been
+        made before; it belongs to one version of the problem and of the solvers, see `check_store`.
+      solvers: solvers by name.
+      resamples: of the bootstrap.
+      stored_only: leave out what is not stored, so that nothing is sampled.
+
+    Yields:
+      One result a run, as soon as it is made.
+
+    Raises:
+      ValueError: when the converged samples are not finite.
+    """
+    exact = converged(problem, folder)
+    figures, distance = Figures(folder / problem.name, exact, problem.data), frechet_distance_to(problem.data)
+    calls = sorted(calls)
+    samplers = {}
+    for run in runs(problem.schedule, grids, calls, solvers):
+        path = run.path(folder / problem.name)
+        if stored_only and not path.exists():
+            continue
+
+        def make(run: Run = run) -> np.ndarray:
+            if run.solver not in samplers:
+                samplers.clear()  # the compiled programs of the solvers before
+                samplers[run.solver] = make_sampler(problem, solvers[run.solver](), calls[-1])
+            return samplers[run.solver](run.times)
+
+        x = stored(path, make)
+        judged = figures.get(
+            f"result {resamples}", [x], lambda x=x: np.ravel(_judge(x, exact, problem, distance, resamples))
+        )
+        frechet, kernel, median, worst_tenth = (Estimate(*judged[i : i + 3]) for i in range(0, 12, 3))
+        blown_up = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
+        yield Result(
+            problem.name, run.grid, run.solver, run.calls, frechet, kernel, median, worst_tenth, len(x), blown_up
+        )
+
+
+def best_grids(results: Iterable[Result], figure: str) -> list[Result]:
+    """Of every solver and number of calls the result on the grid where the figure is smallest."""
+    best: dict[tuple, Result] = {}
+    for result in results:
+        key = result.problem, result.solver, result.calls
+        if key not in best or getattr(result, figure).value < getattr(best[key], figure).value:
+            best[key] = result
+    return list(best.values())
+
+
+def ratios(
+    problem: Problem,
+    results: Iterable[Result],
+    folder: Path,
+    solver: str,
+    peers: Collection[str],
+    resamples: int = 100,
+    best_grid: bool = False,
+) -> Iterator[Ratio]:
+    """How one solver compares with the best of its peers, which may be another one for every figure and run.
+
+    Args:
+      problem: the model.
+      results: what `compare` yielded of it.
+      folder: where `compare` stored the samples.
+      solver: the solver's name.
+      peers: the names of the solvers to compare with.
+      resamples: of the bootstrap.
+      best_grid: compare every solver on the grid where its figure is smallest, not all on the same.
+
+    Yields:
+      For every grid (one if `best_grid`) and number of calls that `solver` and a peer have taken the ratio of Frechet
+      distances, then that of median trajectory errors, with intervals from the same rows of both.
+    """
+    results = [r for r in results if r.problem == problem.name]
+    exact = converged(problem, folder)
+    figures, distance = Figures(folder / problem.name, exact, problem.data), frechet_distance_to(problem.data)
+    rows = {figure: best_grids(results, figure) if best_grid else results for figure in ("frechet", "median")}
+    order = [(None if best_grid else r.grid, r.calls) for r in rows["median"] if r.solver == solver]
+
+    for grid, calls in order:
+        for figure, candidates in rows.items():
+            candidates = [r for r in candidates if r.calls == calls and grid in (None, r.grid)]
+            mine = next(r for r in candidates if r.solver == solver)
+            rivals = [r for r in candidates if r.solver in peers]
+            if not rivals:
+                continue
+            best = min(rivals, key=lambda r: getattr(r, figure).value)
+            if not np.isfinite(getattr(mine, figure).value):
+                ratio = _INFINITE
+            elif not np.isfinite(getattr(best, figure).value):
+                ratio = Estimate(0.0, 0.0, 0.0)
+            else:
+                paths = [Run(r.solver, r.grid, calls, np.empty(0)).path(folder / problem.name) for r in (mine, best)]
+                pair = [np.load(path) for path in paths]
+
+                def compute(pair: list = pair, figure: str = figure) -> Estimate:
+                    return _ratio(pair, figure, exact, problem, distance, resamples)
+
+                ratio = Estimate(*figures.get(f"ratio {figure} {resamples}", pair, compute))
+            yield Ratio(problem.name, mine.grid, calls, figure, best.solver, best.grid, ratio)
+
+
+def _ratio(
+    pair: list[np.ndarray],
+    figure: str,
+    exact: np.ndarray,
+    problem: Problem,
+    distance: Callable[[np.ndarray], float],
+    resamples: int,
+) -> Estimate:
+    if figure == "frechet":
+        a, b, statistic = *(problem.features(x) for x in pair), distance
+    else:
+        a, b, statistic = *(trajectory_errors(x, exact) for x in pair), _median
+
+    def of_rows(rows: np.ndarray) -> float:
+        return statistic(a[rows]) / max(statistic(b[rows]), np.finfo(np.float64).tiny)
+
+    return bootstrap(of_rows, len(a), resamples=resamples)
+
+
+def _judge(
+    x: np.ndarray, exact: np.ndarray, problem: Problem, distance: Callable[[np.ndarray], float], resamples: int
+) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+    """The figures of a `Result` from its samples: with a sample that is not finite the distances are infinite."""
+    errors = trajectory_errors(x, exact)
+    median, worst_tenth = (
+        bootstrap(lambda rows, q=q: float(np.quantile(errors[rows], q, method="higher")), len(x), resamples=resamples)
+        for q in (0.5, 0.9)
+    )
+    if not np.isfinite(x).all():
+        return _INFINITE, _INFINITE, median, worst_tenth
+    found = problem.features(x)
+    frechet = bootstrap(lambda rows: distance(found[rows]), len(x), resamples=resamples)
+    value, error = kernel_distance(found, problem.data)
+    return frechet, Estimate(value, value - 1.96 * error, value + 1.96 * error), median, worst_tenth
+
+
+def _median(errors: np.ndarray) -> float:
+    return float(np.quantile(errors, 0.5, method="higher"))

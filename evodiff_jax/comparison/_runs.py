@@ -1,0 +1,149 @@
+"""A model with its noise, the runs of solvers on it, and how they are made."""
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from evodiff_jax.comparison._store import stored
+from evodiff_jax.grids import Grid, log_snr
+from evodiff_jax.plans import plan
+from evodiff_jax.sampling import sample_plan
+from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.solvers import SOLVERS, deis, dpm_solver, dpm_solver_pp, ipndm, ipndm_v, unipc
+from evodiff_jax.tables import Plan, Solver
+
+_CONVERGED_STEPS = 500
+
+# Every deterministic solver in the forms that people use: a family's name, and its order where it has several.
+FORMS: dict[str, Callable[[], Solver]] = {
+    **{name: SOLVERS[name] for name in ("evodiff", "evodiff_reference", "ddim", "heun", "dpm_2")},
+    **{
+        f"{make.__name__}-{order}": functools.partial(make, order)
+        for make, orders in (
+            (dpm_solver, (2, 3)),
+            (dpm_solver_pp, (2, 3)),
+            (unipc, (2, 3)),
+            (deis, (2, 3)),
+            (ipndm, (2, 3, 4)),
+            (ipndm_v, (2, 4)),
+        )
+        for order in orders
+    },
+}
+
+
+class Problem(NamedTuple):
+    """A model to sample from, and what its samples are judged by.
+
+    Attributes:
+      name: what it is called in tables and file names.
+      denoise: denoise(params, x, t, condition) -> x_0, for a batch.
+      params: the model's parameters.
+      schedule: its noise schedule.
+      noise: (N, ...) the x_T that every run starts from.
+      condition: a pytree of arrays (N, ...), or None.
+      features: features(x) -> (N, D), from samples on the host.
+      data: (M, D) features of real data, or of independent samples of the model.
+      batch: how many samples at a time.
+      judged_by: the features and the data in words, for reports.
+      images: images(x) -> (N, H, W, C) in -1 .. 1, from samples on the host, where they are images.
+    """
+
+    name: str
+    denoise: Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+    params: Any
+    schedule: NoiseSchedule
+    noise: np.ndarray
+    condition: Any
+    features: Callable[[np.ndarray], np.ndarray]
+    data: np.ndarray
+    batch: int
+    judged_by: str = ""
+    images: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+class Run(NamedTuple):
+    """A solver at one number of model calls on one grid.
+
+    Attributes:
+      solver: the solver's name.
+      grid: the grid's name.
+      calls: the number of model calls of a sample.
+      times: the times of its steps.
+    """
+
+    solver: str
+    grid: str
+    calls: int
+    times: np.ndarray
+
+    def path(self, folder: Path) -> Path:
+        """Where its samples are, in the folder of a problem."""
+        return folder / f"{self.solver}_{self.grid}_{self.calls}.npy"
+
+
+def runs(
+    schedule: NoiseSchedule,
+    grids: dict[str, Grid],
+    calls: Iterable[int],
+    solvers: dict[str, Callable[[], Solver]] = FORMS,
+) -> list[Run]:
+    """Every solver on every grid at every number of model calls that it can take."""
+    found = [
+        Run(solver, name, count, times)
+        for solver, make in solvers.items()
+        for name, grid in grids.items()
+        for count in sorted(set(calls))
+        if (times := times_of(schedule, grid, make(), count)) is not None
+    ]
+    return found
+
+
+def converged(problem: Problem, folder: Path, steps: int = _CONVERGED_STEPS) -> np.ndarray:
+    """The samples that deterministic solvers tend to, by UniPC of order 3 in many steps; stored in `folder`.
+
+    Raises:
+      ValueError: when they are not finite.
+    """
+
+    def make() -> np.ndarray:
+        x = make_sampler(problem, unipc(3), steps)(log_snr(problem.schedule, steps))
+        if not np.isfinite(x).all():
+            raise ValueError(f"the converged samples of {problem.name} are not finite: the model is unusable")
+        return x
+
+    return stored(folder / problem.name / f"converged_{steps}.npy", make)
+
+
+def times_of(schedule: NoiseSchedule, grid: Grid, solver: Solver, calls: int) -> np.ndarray | None:
+    """The times of the run that takes exactly `calls` model calls, or None where the solver has no such run."""
+    for steps in (calls, (calls + 1) // 2):
+        times = grid(schedule, steps)
+        if plan(schedule, times, solver).calls == calls:
+            return times
+    return None
+
+
+def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from times to samples (N, ...), compiled once for all runs of up to `max_calls` calls."""
+
+    @jax.jit
+    def run(params: Any, x_T: jax.Array, condition: Any, laid_out: Plan) -> jax.Array:
+        return sample_plan(lambda x, t: problem.denoise(params, x, t, condition), x_T, laid_out)
+
+    def sampler(times: np.ndarray) -> np.ndarray:
+        laid_out = plan(problem.schedule, times, solver, max_calls=max_calls)
+        count = len(problem.noise)
+        # The last batch is filled up with the first samples, so that all have one shape.
+        batches = np.resize(np.arange(count), (-(-count // problem.batch), problem.batch))
+        made = []
+        for rows in batches:
+            x_T, condition = jax.tree.map(lambda leaf: leaf[rows], (problem.noise, problem.condition))  # noqa: B023
+            made.append(np.asarray(run(problem.params, x_T, condition, laid_out)))
+        return np.concatenate(made)[:count]
+
+    return sampler
