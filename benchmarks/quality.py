@@ -11,6 +11,8 @@ score networks of the package galaxygrad.
 --out gets RESULTS.md and in its folder results the plots, pictures and results.csv. The folder --store keeps samples
 and figures, so that a run that was stopped goes on and a report of what is there takes no sampling: --stored leaves out
 all else. After a change of a solver delete its files there, {solver}_*.npy.
+Matrices are small here, and threads of linear algebra that wait for busy cores cost more than they bring: set
+OPENBLAS_NUM_THREADS=1 on a machine that does other things too.
 """
 
 import argparse

@@ -93,14 +93,35 @@ def kernel_distance(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
     References:
       Binkowski et al. 2018, arXiv 1801.01401, section 4.
     """
-    a, b = _check_sets(a, b)
-    within_a, within_b = (_kernel_sums(x, x, exclude_own=True) / (len(x) - 1) for x in (a, b))
-    a_to_b, b_to_a = _kernel_sums(a, b) / len(b), _kernel_sums(b, a) / len(a)
-    value = within_a.mean() + within_b.mean() - 2 * a_to_b.mean()
-    variance = sum(
-        4 * np.var(own - other, ddof=1) / len(own) for own, other in ((within_a, a_to_b), (within_b, b_to_a))
-    )
-    return float(value), math.sqrt(variance)
+    return kernel_distance_to(b)(a)
+
+
+def kernel_distance_to(b: ArrayLike) -> Callable[[ArrayLike], tuple[float, float]]:
+    """`kernel_distance` to one set, whose part of the work is done once: for many sets.
+
+    Args:
+      b: (M, D) features.
+
+    Returns:
+      A function from (N, D) features to the distance and its standard error.
+
+    Raises:
+      ValueError: as `frechet_distance`, here or when it is called.
+    """
+    _, b = _check_sets(b, b)
+    within_b = _kernel_sums(b, b, exclude_own=True) / (len(b) - 1)
+
+    def distance(a: ArrayLike) -> tuple[float, float]:
+        checked, _ = _check_sets(a, b)
+        within_a = _kernel_sums(checked, checked, exclude_own=True) / (len(checked) - 1)
+        a_to_b, b_to_a = _kernel_sums(checked, b) / len(b), _kernel_sums(b, checked) / len(checked)
+        value = within_a.mean() + within_b.mean() - 2 * a_to_b.mean()
+        variance = sum(
+            4 * np.var(own - other, ddof=1) / len(own) for own, other in ((within_a, a_to_b), (within_b, b_to_a))
+        )
+        return float(value), math.sqrt(variance)
+
+    return distance
 
 
 def trajectory_errors(x: ArrayLike, reference: ArrayLike) -> np.ndarray:

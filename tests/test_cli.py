@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
+from tiny_models import CONFIG, write_model
 
 import evodiff_jax as ed
 from evodiff_jax import cli, files, models
 from evodiff_jax.cli import main, output
 from evodiff_jax.cli import sample as cli_sample
-from evodiff_jax.models import checkpoint
-from evodiff_jax.models.unet import UNet, UNetConfig
+from evodiff_jax.models.unet import UNetConfig
 
 PACKAGED = models.pretrained._weights() / "fashion_mnist.safetensors"
-CONFIG = UNetConfig(image_shape=(8, 8, 1), num_classes=10, widths=(16,), blocks=(1,), heads=2, condition_width=16)
 SIZE = 2 * 8 + 2  # side of a cell in the picture of these images
 
 
@@ -38,19 +37,6 @@ def folder(tmp_path, monkeypatch):
 def tiny(tmp_path_factory):
     """A file with a tiny model of random weights that compiles in a moment."""
     return write_model(tmp_path_factory.mktemp("model") / "tiny.safetensors", CONFIG)
-
-
-def write_model(path, config, fill=None):
-    args = (jnp.zeros((1, *config.image_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
-    shapes = jax.eval_shape(lambda: UNet(config).init(jax.random.key(0), *args))["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return (0.2 * rng.standard_normal(leaf.shape) if fill is None else np.full(leaf.shape, fill)).astype(np.float32)
-
-    settings = config.to_dict() | {"sigma_data": 0.7}
-    checkpoint.save(path, jax.tree.map(draw, shapes), kind="diffusion model", config=settings, card={})
-    return str(path)
 
 
 class Sampled(NamedTuple):
@@ -86,9 +72,9 @@ def assert_refused(capsys, folder, arguments, reason):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "{sample,train,info}"),
+        ("", "{sample,compare,train,info}"),
         ("paint", "'paint'"),
-        ("--steps 3", "{sample,train,info}"),
+        ("--steps 3", "{sample,compare,train,info}"),
         ("info now", "now"),
         ("sample --solver euler2", "evodiff_reference"),
         ("sample --grid cosine", "time_quadratic"),
@@ -215,7 +201,7 @@ def test_interruptions_are_one_line(capsys, monkeypatch, error, code, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["train"], ["info"]])
 def test_help(capsys, command):
     assert main([*command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: evodiff-jax", *command]))

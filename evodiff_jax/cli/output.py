@@ -70,14 +70,11 @@ def check_output(option: str, path: Path, suffix: str) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """Raises an error if the folder could not be written to, or not be made, before any work is done for it."""
-    where = path if path.exists() else path.parent
-    if not where.is_dir():
-        wrong = (
-            f"{str(path)!r} is a file, a folder is needed" if path.exists() else f"there is no folder {str(where)!r}"
-        )
-        raise ValueError(f"argument {option}: {wrong}")
     try:
-        # Beside a folder that is not there: its own name may be too long.
+        if not path.parent.is_dir():
+            raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"argument {option}: {str(path)!r} is a file, a folder is needed")
         write_temporary(path / "test" if path.exists() else path, lambda file: None).unlink()
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write to {str(path)!r}: {error.strerror}") from error

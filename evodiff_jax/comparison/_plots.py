@@ -10,7 +10,7 @@ import numpy as np
 
 from evodiff_jax.comparison._report import FIGURES, REFERENCE, SUBJECT, geometric_mean, standings
 from evodiff_jax.comparison._results import Result
-from evodiff_jax.comparison._runs import Problem, Run, converged
+from evodiff_jax.comparison._runs import Problem, converged
 from evodiff_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str
         return None
     rows = {}
     for r in chosen:
-        path = Run(r.solver, grid, calls, np.empty(0)).path(folder / problem.name)
-        rows[r.solver] = problem.images(np.load(path)[:_COLUMNS])
+        rows[r.solver] = problem.images(np.load(r.path(folder))[:_COLUMNS])
     rows["converged"] = problem.images(converged(problem, folder)[:_COLUMNS])
     return draw_rows(rows)
 

@@ -1,5 +1,6 @@
 """What runs are worth: distances and errors with their intervals, and ratios to the best peer."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -7,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from evodiff_jax.comparison._runs import FORMS, Problem, Run, converged, make_sampler, runs
-from evodiff_jax.comparison._store import Figures, stored
+from evodiff_jax.comparison._store import Figures, path_of, stored
 from evodiff_jax.grids import Grid
-from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel_distance, trajectory_errors
+from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel_distance_to, trajectory_errors
 from evodiff_jax.tables import Solver
 
 _INFINITE = Estimate(np.inf, np.inf, np.inf)
@@ -41,6 +42,10 @@ class Result(NamedTuple):
     worst_tenth: Estimate
     samples: int
     blown_up: int
+
+    def path(self, folder: Path) -> Path:
+        """Where the samples are that `compare` stored in `folder`."""
+        return path_of(folder / self.problem, self.solver, self.grid, self.calls)
 
 
 class Ratio(NamedTuple):
@@ -92,12 +97,10 @@ def compare(
     Raises:
       ValueError: when the converged samples are not finite.
     """
-    exact = converged(problem, folder)
-    figures, distance = Figures(folder / problem.name, exact, problem.data), frechet_distance_to(problem.data)
-    calls = sorted(calls)
+    judge, calls = _Judge(problem, folder, resamples), sorted(calls)
     samplers = {}
     for run in runs(problem.schedule, grids, calls, solvers):
-        path = run.path(folder / problem.name)
+        path = path_of(folder / problem.name, run.solver, run.grid, run.calls)
         if stored_only and not path.exists():
             continue
 
@@ -108,14 +111,8 @@ def compare(
             return samplers[run.solver](run.times)
 
         x = stored(path, make)
-        judged = figures.get(
-            f"result {resamples}", [x], lambda x=x: np.ravel(_judge(x, exact, problem, distance, resamples))
-        )
-        frechet, kernel, median, worst_tenth = (Estimate(*judged[i : i + 3]) for i in range(0, 12, 3))
         blown_up = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
-        yield Result(
-            problem.name, run.grid, run.solver, run.calls, frechet, kernel, median, worst_tenth, len(x), blown_up
-        )
+        yield Result(problem.name, run.grid, run.solver, run.calls, *judge.figures_of(x), len(x), blown_up)
 
 
 def best_grids(results: Iterable[Result], figure: str) -> list[Result]:
@@ -153,8 +150,7 @@ def ratios(
       distances, then that of median trajectory errors, with intervals from the same rows of both.
     """
     results = [r for r in results if r.problem == problem.name]
-    exact = converged(problem, folder)
-    figures, distance = Figures(folder / problem.name, exact, problem.data), frechet_distance_to(problem.data)
+    judge = _Judge(problem, folder, resamples)
     rows = {figure: best_grids(results, figure) if best_grid else results for figure in ("frechet", "median")}
     order = [(None if best_grid else r.grid, r.calls) for r in rows["median"] if r.solver == solver]
 
@@ -171,51 +167,60 @@ def ratios(
             elif not np.isfinite(getattr(best, figure).value):
                 ratio = Estimate(0.0, 0.0, 0.0)
             else:
-                paths = [Run(r.solver, r.grid, calls, np.empty(0)).path(folder / problem.name) for r in (mine, best)]
-                pair = [np.load(path) for path in paths]
-
-                def compute(pair: list = pair, figure: str = figure) -> Estimate:
-                    return _ratio(pair, figure, exact, problem, distance, resamples)
-
-                ratio = Estimate(*figures.get(f"ratio {figure} {resamples}", pair, compute))
+                ours, theirs = (np.load(r.path(folder)) for r in (mine, best))
+                ratio = judge.ratio_of(ours, theirs, figure)
             yield Ratio(problem.name, mine.grid, calls, figure, best.solver, best.grid, ratio)
 
 
-def _ratio(
-    pair: list[np.ndarray],
-    figure: str,
-    exact: np.ndarray,
-    problem: Problem,
-    distance: Callable[[np.ndarray], float],
-    resamples: int,
-) -> Estimate:
-    if figure == "frechet":
-        a, b, statistic = *(problem.features(x) for x in pair), distance
-    else:
-        a, b, statistic = *(trajectory_errors(x, exact) for x in pair), _median
+class _Judge:
+    """Figures of samples of one problem; those that have been computed before are found in its folder."""
 
-    def of_rows(rows: np.ndarray) -> float:
-        return statistic(a[rows]) / max(statistic(b[rows]), np.finfo(np.float64).tiny)
+    def __init__(self, problem: Problem, folder: Path, resamples: int) -> None:
+        self._problem, self._resamples = problem, resamples
+        self._exact = converged(problem, folder)
+        self._known = Figures(folder / problem.name, self._exact, problem.data)
 
-    return bootstrap(of_rows, len(a), resamples=resamples)
+    @functools.cached_property
+    def _frechet(self) -> Callable[[np.ndarray], float]:
+        return frechet_distance_to(self._problem.data)
+
+    @functools.cached_property
+    def _kernel(self) -> Callable[[np.ndarray], tuple[float, float]]:
+        return kernel_distance_to(self._problem.data)
+
+    def figures_of(self, x: np.ndarray) -> tuple[Estimate, Estimate, Estimate, Estimate]:
+        """Frechet and kernel distance, infinite with a sample that is not finite; median and 90th percentile."""
+
+        def compute() -> np.ndarray:
+            errors = trajectory_errors(x, self._exact)
+            quantiles = [self._bootstrap(lambda rows, q=q: _quantile(errors[rows], q)) for q in (0.5, 0.9)]
+            if not np.isfinite(x).all():
+                return np.ravel([_INFINITE, _INFINITE, *quantiles])
+            found = self._problem.features(x)
+            frechet = self._bootstrap(lambda rows: self._frechet(found[rows]))
+            value, error = self._kernel(found)
+            return np.ravel([frechet, (value, value - 1.96 * error, value + 1.96 * error), *quantiles])
+
+        values = self._known.get(f"figures {self._resamples}", [x], compute)
+        frechet, kernel, median, worst_tenth = (Estimate(*values[i : i + 3]) for i in range(0, 12, 3))
+        return frechet, kernel, median, worst_tenth
+
+    def ratio_of(self, x: np.ndarray, other: np.ndarray, figure: str) -> Estimate:
+        """The figure of samples over that of others, from the same rows of both."""
+
+        def compute() -> Estimate:
+            if figure == "frechet":
+                a, b, statistic = self._problem.features(x), self._problem.features(other), self._frechet
+            else:
+                a, b, statistic = *(trajectory_errors(of, self._exact) for of in (x, other)), _quantile
+            tiny = np.finfo(np.float64).tiny
+            return self._bootstrap(lambda rows: statistic(a[rows]) / max(statistic(b[rows]), tiny))
+
+        return Estimate(*self._known.get(f"ratio {figure} {self._resamples}", [x, other], compute))
+
+    def _bootstrap(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
+        return bootstrap(statistic, len(self._problem.noise), resamples=self._resamples)
 
 
-def _judge(
-    x: np.ndarray, exact: np.ndarray, problem: Problem, distance: Callable[[np.ndarray], float], resamples: int
-) -> tuple[Estimate, Estimate, Estimate, Estimate]:
-    """The figures of a `Result` from its samples: with a sample that is not finite the distances are infinite."""
-    errors = trajectory_errors(x, exact)
-    median, worst_tenth = (
-        bootstrap(lambda rows, q=q: float(np.quantile(errors[rows], q, method="higher")), len(x), resamples=resamples)
-        for q in (0.5, 0.9)
-    )
-    if not np.isfinite(x).all():
-        return _INFINITE, _INFINITE, median, worst_tenth
-    found = problem.features(x)
-    frechet = bootstrap(lambda rows: distance(found[rows]), len(x), resamples=resamples)
-    value, error = kernel_distance(found, problem.data)
-    return frechet, Estimate(value, value - 1.96 * error, value + 1.96 * error), median, worst_tenth
-
-
-def _median(errors: np.ndarray) -> float:
-    return float(np.quantile(errors, 0.5, method="higher"))
+def _quantile(errors: np.ndarray, q: float = 0.5) -> float:
+    return float(np.quantile(errors, q, method="higher"))

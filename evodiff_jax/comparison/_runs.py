@@ -81,10 +81,6 @@ class Run(NamedTuple):
     calls: int
     times: np.ndarray
 
-    def path(self, folder: Path) -> Path:
-        """Where its samples are, in the folder of a problem."""
-        return folder / f"{self.solver}_{self.grid}_{self.calls}.npy"
-
 
 def runs(
     schedule: NoiseSchedule,

@@ -60,6 +60,11 @@ def check_store(folder: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
 
 
+def path_of(folder: Path, solver: str, grid: str, calls: int) -> Path:
+    """Where the samples of a run are, in the folder of a problem."""
+    return folder / f"{solver}_{grid}_{calls}.npy"
+
+
 def stored(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of a file, made and written first if it is not there."""
     if path.exists():
@@ -95,7 +100,7 @@ class Figures:
             self._found[key] = [float(value) for value in compute()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(f"{json.dumps([key, self._found[key]])}\n")
+                file.write(f"\n{json.dumps([key, self._found[key]])}")  # the line before may be half a line
         return self._found[key]
 
 
