@@ -146,11 +146,15 @@ def trajectory_errors(x: ArrayLike, reference: ArrayLike) -> np.ndarray:
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], count: int, *, resamples: int = 200, level: float = 0.95, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    count: int,
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    centered: bool = False,
 ) -> Estimate:
     """The statistic of all samples and the percentile interval of its bootstrap distribution.
-
-    For ratios of two solvers from the same noise let the statistic pick the same rows of both.
 
     Args:
       statistic: a function of the indices of the samples to take.
@@ -158,6 +162,8 @@ def bootstrap(
       resamples: how many times to draw as many samples with replacement.
       level: the coverage of the interval.
       seed: seed of the draws.
+      centered: shift the distribution to have the statistic for its mean. For distances: that of a small set is biased
+        upwards and that of a set drawn from it once more, so that the plain interval may lie above the statistic.
 
     Returns:
       The estimate.
@@ -173,14 +179,69 @@ def bootstrap(
       >>> bootstrap(lambda rows: float(np.median(errors[rows])), 4).value
       2.5
     """
+    value, drawn = _draws(statistic, count, resamples, level, seed, centered)
+    return _interval(value, drawn, level)
+
+
+def bootstrap_ratio(
+    over: Callable[[np.ndarray], float],
+    under: Callable[[np.ndarray], float],
+    count: int,
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    centered: bool = False,
+) -> Estimate:
+    """The ratio of two statistics that are not negative, such as two solvers' from the same noise, as `bootstrap` does.
+
+    Both are of the same samples in every draw, and each is shifted by itself where `centered`. A draw that is shifted
+    below 0 counts as 0: where the lower one is not told from 0 the interval ends at infinity.
+
+    Args:
+      over: the upper statistic, a function of the indices of the samples to take.
+      under: the lower one.
+      count: as for `bootstrap`.
+      resamples: as for `bootstrap`.
+      level: as for `bootstrap`.
+      seed: as for `bootstrap`.
+      centered: as for `bootstrap`.
+
+    Returns:
+      The estimate.
+
+    Raises:
+      ValueError: as `bootstrap`.
+    """
+    (a, drawn_a), (b, drawn_b) = (_draws(f, count, resamples, level, seed, centered) for f in (over, under))
+    drawn = [_ratio(x, y) for x, y in zip(drawn_a, drawn_b, strict=True)]
+    return _interval(_ratio(a, b), np.array(drawn), level)
+
+
+def _draws(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int, level: float, seed: int, centered: bool
+) -> tuple[float, np.ndarray]:
     if count < 1 or resamples < 1 or not 0 < level < 1:
         raise ValueError(f"bootstrap needs samples, resamples and 0 < level < 1, got {count}, {resamples} and {level}")
     random = np.random.default_rng(seed)
-    drawn = [statistic(random.integers(count, size=count)) for _ in range(resamples)]
+    value = statistic(np.arange(count))
+    drawn = np.array([statistic(random.integers(count, size=count)) for _ in range(resamples)])
+    return value, drawn + (value - drawn.mean()) if centered and np.isfinite(drawn).all() else drawn
+
+
+def _interval(value: float, drawn: np.ndarray, level: float) -> Estimate:
     # Draws themselves, nothing between two of them: they may be infinite.
     low = np.quantile(drawn, (1 - level) / 2, method="lower")
     high = np.quantile(drawn, (1 + level) / 2, method="higher")
-    return Estimate(statistic(np.arange(count)), float(low), float(high))
+    return Estimate(value, float(low), float(high))
+
+
+def _ratio(over: float, under: float) -> float:
+    """Of what is not negative; of two zeros 1, which decides nothing."""
+    over, under = max(over, 0.0), max(under, 0.0)
+    if over == under:
+        return 1.0
+    return over / under if under else math.inf
 
 
 def _check_sets(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def test_figures_of_all_runs_and_what_they_mean(tmp_path):
         assert result.median.value == pytest.approx(np.quantile(errors, 0.5, method="higher"), rel=1e-5)
         assert result.worst_tenth.value == pytest.approx(np.quantile(errors, 0.9, method="higher"), rel=1e-5)
         assert result.frechet.value == pytest.approx(frechet_distance(x, DATA), rel=1e-5)
-        for estimate in (result.kernel, result.median, result.worst_tenth):
+        for estimate in (result.frechet, result.kernel, result.median, result.worst_tenth):
             assert estimate.low <= estimate.value <= estimate.high
         assert result.blown_up == 0
     for name in CHOSEN:

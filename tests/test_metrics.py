@@ -6,7 +6,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evodiff_jax.metrics import bootstrap, frechet_distance, kernel_distance, trajectory_errors
+from evodiff_jax.metrics import bootstrap, bootstrap_ratio, frechet_distance, kernel_distance, trajectory_errors
 
 RANDOM = np.random.default_rng(0)
 
@@ -86,8 +86,36 @@ def test_bootstrap_intervals_cover_the_mean_as_often_as_they_say():
 def test_bootstrap_of_a_ratio_takes_the_same_rows_of_both():
     """Two solvers whose errors differ by a factor: the ratio is certain, however much the errors spread."""
     errors = RANDOM.exponential(size=50)
-    found = bootstrap(lambda rows: float(np.median(2 * errors[rows]) / np.median(errors[rows])), 50)
-    np.testing.assert_allclose(found, 2.0)
+    for centered in (False, True):
+        found = bootstrap_ratio(
+            lambda rows: 2 * np.median(errors[rows]), lambda rows: np.median(errors[rows]), 50, centered=centered
+        )
+        np.testing.assert_allclose(found, 2.0)
+
+
+def test_a_centered_interval_of_a_distance_holds_it():
+    random = np.random.default_rng(0)
+    a, b = random.normal(0.1, 1, (100, 20)), random.normal(size=(1000, 20))
+    plain, centered = (
+        bootstrap(lambda rows: frechet_distance(a[rows], b), 100, resamples=50, centered=c) for c in (False, True)
+    )
+    assert plain.value == centered.value < plain.low
+    assert centered.low < centered.value < centered.high
+    assert centered.high - centered.low == pytest.approx(plain.high - plain.low)
+
+
+def test_a_ratio_over_what_may_be_nothing_has_no_upper_end():
+    noise = RANDOM.normal(0, 1, 100)
+    found = bootstrap_ratio(lambda rows: 1.0, lambda rows: 0.05 + noise[rows].mean() - noise.mean(), 100)
+    assert found.value == pytest.approx(20)
+    assert 0 < found.low < found.value < found.high == np.inf
+    assert tuple(bootstrap_ratio(lambda rows: 0.0, lambda rows: 0.0, 5)) == (1, 1, 1)
+
+
+def test_infinite_draws_are_infinite_ends():
+    errors = np.where(np.arange(50) < 4, np.inf, 1.0)
+    found = bootstrap(lambda rows: float(np.quantile(errors[rows], 0.9, method="higher")), 50)
+    assert tuple(found) == (1, 1, np.inf)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ _RANKED = {"frechet": "Frechet distance", "median": "median trajectory error"}
 _FEW = range(5, 9)
 
 _READING = """\
-Intervals are of 95 %, bootstrapped over samples; kernel distances are unbiased and stand with their standard error.
-Frechet and kernel distances are in the features stated for each model, and comparable within a model only; they are not
-FID. Trajectory errors are root mean square differences from the converged samples of the same noise.
+Intervals are of 95 %, bootstrapped over samples, those of Frechet distances centered on the value, as resampling
+raises these; kernel distances are unbiased and stand with their standard error. Frechet and kernel distances are in
+the features stated for each model, and comparable within a model only; they are not FID. Trajectory errors are root
+mean square differences from the converged samples of the same noise.
 
 A ratio is a solver's figure over that of the best of its peers, which may be another one in every cell; the best of
 many is favoured by chance, so 1 is harder to reach than against any one peer. Its interval is from the same rows of

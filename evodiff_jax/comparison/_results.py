@@ -10,7 +10,14 @@ import numpy as np
 from evodiff_jax.comparison._runs import FORMS, Problem, Run, converged, make_sampler, runs
 from evodiff_jax.comparison._store import Figures, path_of, stored
 from evodiff_jax.grids import Grid
-from evodiff_jax.metrics import Estimate, bootstrap, frechet_distance_to, kernel_distance_to, trajectory_errors
+from evodiff_jax.metrics import (
+    Estimate,
+    bootstrap,
+    bootstrap_ratio,
+    frechet_distance_to,
+    kernel_distance_to,
+    trajectory_errors,
+)
 from evodiff_jax.tables import Solver
 
 _INFINITE = Estimate(np.inf, np.inf, np.inf)
@@ -197,7 +204,7 @@ class _Judge:
             if not np.isfinite(x).all():
                 return np.ravel([_INFINITE, _INFINITE, *quantiles])
             found = self._problem.features(x)
-            frechet = self._bootstrap(lambda rows: self._frechet(found[rows]))
+            frechet = self._bootstrap(lambda rows: self._frechet(found[rows]), centered=True)
             value, error = self._kernel(found)
             return np.ravel([frechet, (value, value - 1.96 * error, value + 1.96 * error), *quantiles])
 
@@ -213,13 +220,18 @@ class _Judge:
                 a, b, statistic = self._problem.features(x), self._problem.features(other), self._frechet
             else:
                 a, b, statistic = *(trajectory_errors(of, self._exact) for of in (x, other)), _quantile
-            tiny = np.finfo(np.float64).tiny
-            return self._bootstrap(lambda rows: statistic(a[rows]) / max(statistic(b[rows]), tiny))
+            return bootstrap_ratio(
+                lambda rows: statistic(a[rows]),
+                lambda rows: statistic(b[rows]),
+                len(a),
+                resamples=self._resamples,
+                centered=figure == "frechet",
+            )
 
         return Estimate(*self._known.get(f"ratio {figure} {self._resamples}", [x, other], compute))
 
-    def _bootstrap(self, statistic: Callable[[np.ndarray], float]) -> Estimate:
-        return bootstrap(statistic, len(self._problem.noise), resamples=self._resamples)
+    def _bootstrap(self, statistic: Callable[[np.ndarray], float], centered: bool = False) -> Estimate:
+        return bootstrap(statistic, len(self._problem.noise), resamples=self._resamples, centered=centered)
 
 
 def _quantile(errors: np.ndarray, q: float = 0.5) -> float:
