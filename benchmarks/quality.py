@@ -83,7 +83,7 @@ def galaxies(survey: str, count: int, store: Path) -> Problem:
         features=lambda x: comparison.in_parts(of_batch, x),
         data=np.empty(0),
         batch=100,
-        images=lambda x: 2 * np.moveaxis(x, 1, -1) - 1,
+        images=lambda x: 2 * np.sqrt(np.clip((np.moveaxis(x, 1, -1) + 0.4) / 6.4, 0, 1)) - 1,  # faint light shows
     )
     words = "the channel means of AlexNet's first two layers"
     return comparison.judged_by_itself(problem, count, store, words, {"seed": SEED})
