@@ -83,6 +83,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
     ratio = errors["evodiff", "4"] / errors[peer, "4"]
     (line,) = re.findall(r"### Ratio of the median .*\n\n.*\n.*\n\| mixture-2d \| (.*?) \|", text)
     assert re.fullmatch(rf"\*?\*?{re.escape(f'{ratio:.3g}')}\*?\*? \(.*\) `{peer}`", line)
+    assert "best grid" not in text  # there is but one
     assert "FID" in text
     assert text.count("FID") == 1  # where it says that there is none
     assert "![mixture-2d](mixture-2d.png)" in text

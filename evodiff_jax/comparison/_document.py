@@ -42,13 +42,15 @@ def write_report(
     assets.mkdir(parents=True, exist_ok=True)
     results = [result for _, of_problem in compared for result in of_problem]
     peers = {r.solver for r in results} - {SUBJECT, REFERENCE}
+    several_grids = len({r.grid for r in results}) > 1
     same: list[Ratio] = []
     best: list[Ratio] = []
     images: dict[str, list[str]] = {}
     written = [path, assets / "results.csv"]
     for problem, of_problem in compared:
         same += ratios(problem, of_problem, store, SUBJECT, peers)
-        best += ratios(problem, of_problem, store, SUBJECT, peers, best_grid=True)
+        if several_grids:
+            best += ratios(problem, of_problem, store, SUBJECT, peers, best_grid=True)
         made = list(_draw(problem, of_problem, store, assets, pictured))
         images[problem.name] = [name.relative_to(path.parent).as_posix() for name in made]
         written += made

@@ -81,8 +81,9 @@ def report(
             parts += [f"## `{SUBJECT}` against the best peer, {heading}", _tally_table(compared)]
             parts += _ratio_tables(compared, one_grid=compared is best)
     parts += ["## Every solver against the best of the others", _STANDINGS]
-    for heading, best_grid in (("On the same grid", False), ("Every solver on its best grid", True)):
-        parts += [f"### {heading}", _standing_table(results, best_grid)]
+    parts += ["### On the same grid", _standing_table(results, best_grid=False)]
+    if len({r.grid for r in results}) > 1:
+        parts += ["### Every solver on its best grid", _standing_table(results, best_grid=True)]
     for name in judged_by:
         parts += _model_section(name, [r for r in results if r.problem == name], pictures.get(name, ()))
     return "\n\n".join(parts) + "\n"
@@ -174,8 +175,9 @@ def _model_section(name: str, results: Sequence[Result], pictures: Iterable[str]
     parts = [f"## {name}", *(f"![{Path(address).stem.replace('_', ' ')}]({address})" for address in pictures)]
     for figure, title in FIGURES.items():
         best = {(f"`{r.solver}`", r.calls): _best_cell(getattr(r, figure), r.grid) for r in best_grids(results, figure)}
-        tables = [("every solver on its best grid", best)]
-        for grid in dict.fromkeys(r.grid for r in results):
+        grids = dict.fromkeys(r.grid for r in results)
+        tables = [("every solver on its best grid", best)] if len(grids) > 1 else []
+        for grid in grids:
             rows = [r for r in results if r.grid == grid]
             cell = _kernel_cell if figure == "kernel" else _cell
             tables.append((f"{grid} grid", {(f"`{r.solver}`", r.calls): cell(getattr(r, figure)) for r in rows}))
