@@ -176,7 +176,7 @@ def _model_section(name: str, results: Sequence[Result], pictures: Iterable[str]
     for figure, title in FIGURES.items():
         best = {(f"`{r.solver}`", r.calls): _best_cell(getattr(r, figure), r.grid) for r in best_grids(results, figure)}
         grids = dict.fromkeys(r.grid for r in results)
-        tables = [("every solver on its best grid", best)] if len(grids) > 1 else []
+        tables = [("every solver on its best grid", best)] if len(grids) > 1 and figure in _RANKED else []
         for grid in grids:
             rows = [r for r in results if r.grid == grid]
             cell = _kernel_cell if figure == "kernel" else _cell
