@@ -16,7 +16,7 @@ from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.solvers import SOLVERS, deis, dpm_solver, dpm_solver_pp, ipndm, ipndm_v, unipc
 from evodiff_jax.tables import Plan, Solver
 
-_CONVERGED_STEPS = 500
+_CONVERGED_STEPS = 200
 
 # Every deterministic solver in the forms that people use: a family's name, and its order where it has several.
 FORMS: dict[str, Callable[[], Solver]] = {
