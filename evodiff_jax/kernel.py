@@ -1,7 +1,7 @@
 """The one kernel: applies a row of a table (see `tables`) to a run, whose state is an array or a pytree of arrays."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from evodiff_jax import gram as grams
 from evodiff_jax.gram import Gram
 from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.states import State, broadcasts, leaf_keys, widest
-from evodiff_jax.tables import Coefficients, Plan, Table
+from evodiff_jax.tables import Coefficients, Plan, Rule, Table
 
 
 class Carry(NamedTuple):
@@ -23,6 +23,7 @@ class Carry(NamedTuple):
         writes slot i mod (K + 1). None where K = 0.
       grams: for solvers with a rule the Gram of the outputs, newest first: one for each leaf of x, or one for all;
         else empty.
+      memories: what the rule keeps of each Gram's samples, (B, ..., M).
       row: the number of rows applied.
       key: the random key of the rows to come, or None.
     """
@@ -30,6 +31,7 @@ class Carry(NamedTuple):
     x: State
     outputs: Any
     grams: tuple[Gram, ...]
+    memories: tuple[jax.Array, ...]
     row: jax.Array
     key: jax.Array | None
 
@@ -53,14 +55,15 @@ def start(x: State, plan: Plan, key: jax.Array | None) -> Carry:
     """The carry before the first row, from the initial state `x`."""
     slots = plan.table.predictor.shape[1]
     outputs = None if slots == 1 else jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), x)
-    initial = ()
+    initial, memories = (), ()
     if plan.rule is not None:
         leaves = jax.tree.leaves(x)
         for leaf in leaves if plan.per_leaf else leaves[:1]:
             axes = grams.reduced_axes(leaf.shape, plan.channel_axis)
             kept = tuple(n for axis, n in enumerate(leaf.shape) if axis not in axes)
             initial = (*initial, grams.initial(kept, slots - 1, widest(leaves)))
-    return Carry(x, outputs, initial, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
+            memories = (*memories, jnp.zeros((*kept, plan.memory), widest(leaves)))
+    return Carry(x, outputs, initial, memories, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
 
 
 def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]:
@@ -85,7 +88,7 @@ def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]
         written = zip(jax.tree.leaves(carry.outputs), ys, strict=True)
         rings = [jax.lax.dynamic_update_index_in_dim(ring, y, carry.row % slots, 0) for ring, y in written]
 
-    gram, chosen = _choose(plan, carry.grams, row, ys, rings, ages)
+    gram, memories, chosen = _choose(plan, carry, row, ys, rings, ages)
     key, draws = carry.key, (None,) * len(xs)
     if row.noise is not None and key is not None:
         key, draw = jax.random.split(key)
@@ -103,7 +106,7 @@ def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]
 
     trace = {name: traced([c.trace[name] for c in chosen]) for name in chosen[0].trace} if chosen else {}
     done = Row(corrected, trace, traced(gram) if chosen else None)
-    return Carry(following, outputs, gram, carry.row + 1, key), done
+    return Carry(following, outputs, gram, memories, carry.row + 1, key), done
 
 
 def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
@@ -126,20 +129,24 @@ def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
 
 
 def _choose(
-    plan: Plan, before: tuple[Gram, ...], row: Table, ys: list[Any], rings: list[Any], ages: jax.Array
-) -> tuple[tuple[Gram, ...], tuple[Coefficients, ...]]:
-    """The new Grams, and what the rule makes of each; nothing without a rule."""
+    plan: Plan, carry: Carry, row: Table, ys: list[Any], rings: list[Any], ages: jax.Array
+) -> tuple[tuple[Gram, ...], tuple[jax.Array, ...], tuple[Coefficients, ...]]:
+    """The new Grams, what the rule keeps, and what it makes of each; nothing without a rule."""
     if plan.rule is None:
-        return (), ()
-    dtype = before[0].norms[0].dtype
+        return (), (), ()
+    dtype = carry.grams[0].norms[0].dtype
     measured = [
         grams.measure(y, ring, grams.reduced_axes(y.shape, plan.channel_axis), dtype)
         for y, ring in zip(ys, rings, strict=True)
     ]
     if not plan.per_leaf:  # the leaves are parts of one vector, whose squared norm is the sum of theirs
         measured = [jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *measured)]
-    gram = tuple(grams.push(g, *new, ages) for g, new in zip(before, measured, strict=True))
-    return gram, tuple(_over_samples(plan.rule, g.norms[0].ndim)(row.rule, g) for g in gram)
+    gram = tuple(grams.push(g, *new, ages) for g, new in zip(carry.grams, measured, strict=True))
+    ruled = [
+        _over_samples(plan.rule, g.norms[0].ndim)(row.rule, g, memory)
+        for g, memory in zip(gram, carry.memories, strict=True)
+    ]
+    return gram, tuple(memory for _, memory in ruled), tuple(chosen for chosen, _ in ruled)
 
 
 def _step(
@@ -182,8 +189,8 @@ def _column(coefficients: jax.Array, ndim: int) -> jax.Array:
     return coefficients.reshape(count, *(1,) * (ndim - len(per_coordinate)), *per_coordinate)
 
 
-def _over_samples(rule: Callable[[Any, Gram], Coefficients], ndim: int) -> Callable[[Any, Gram], Coefficients]:
+def _over_samples(rule: Rule, ndim: int) -> Rule:
     """The rule vmapped over the axes of the Gram's entries: samples, and channels where they are separate."""
     for _ in range(ndim):
-        rule = jax.vmap(rule, in_axes=(None, 0))
+        rule = jax.vmap(rule, in_axes=(None, 0, 0))
     return rule

@@ -95,7 +95,7 @@ def from_times(schedule: NoiseSchedule, times: Any, solver: Solver, denoise_to_z
     if denoise_to_zero:
         table = append_denoising(table, times[-1])
     calls, denoises = np.int32(table.time.shape[0]), np.bool_(denoise_to_zero)
-    return Plan(table, calls, times[-1], denoises, solver.rule, solver.channel_axis, solver.per_leaf)
+    return Plan(table, calls, times[-1], denoises, solver.rule, solver.channel_axis, solver.per_leaf, solver.memory)
 
 
 def check_solver(solver: Any) -> Solver:

@@ -15,8 +15,8 @@ H_1, ..., H_K of the calls before, newest first:
 No second state is carried: a corrector differs from the predictor before it only by outputs that are still in the
 history, so it is written as a change of the probe, and so is a second stage that starts from its step's first state.
 Coefficients that depend on the sample (EVODiff's) come from the Gram of the newest 1 + K outputs through the solver's
-rule, evaluated per sample (and channel), and are added to the row's constant ones. Rows are scanned, so the network
-stands once in the compiled program whatever the table.
+rule, evaluated per sample (and channel), and are added to the row's constant ones; a rule may keep numbers of its own
+from row to row. Rows are scanned, so the network stands once in the compiled program whatever the table.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Table(NamedTuple):
       history: None where y = m, else (keep_x, keep_m), each (R,).
       noise: (R,), the standard deviation of the noise in the next probe, or None for a deterministic solver.
       adaptive: (R, 2), 1 where the rule's corrector and predictor are added and 0 where not, or None without a rule.
-      rule: a pytree of (R,) scalars that the solver's rule reads, or None without one.
+      rule: a pytree of arrays (R, ...) that the solver's rule reads, or None without one.
       offset: None, or what is added to the corrected state and to the next probe, each (R, ...).
     """
 
@@ -74,23 +74,28 @@ class Coefficients(NamedTuple):
     trace: dict[str, Any]
 
 
+Rule = Callable[[Any, Gram, Any], tuple[Coefficients, Any]]
+
+
 class Solver(NamedTuple):
     """A training-free solver.
 
     Attributes:
       name: how it is called in messages.
       table: table(schedule, times) -> Table, by the same code in NumPy for concrete times and in JAX for traced ones.
-      rule: rule(row, gram) -> Coefficients, for a row of `Table.rule` and the Gram of one sample (and channel), pure
-        and elementwise; None for a solver whose coefficients are the table's alone.
+      rule: rule(row, gram, memory) -> (Coefficients, memory), for a row of `Table.rule` and the Gram of one sample (and
+        channel), pure; None for a solver whose coefficients are the table's alone.
       channel_axis: the axis of the state over which inner products are separate, None for none.
       per_leaf: whether inner products are separate for the leaves of a state that is a pytree, or summed over them.
+      memory: how many numbers the rule keeps from row to row, a vector that is zero in the first row.
     """
 
     name: str
     table: Callable[[NoiseSchedule, Any], Table]
-    rule: Callable[[Any, Gram], Coefficients] | None = None
+    rule: Rule | None = None
     channel_axis: int | None = None
     per_leaf: bool = True
+    memory: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -108,15 +113,17 @@ class Plan:
       rule: the solver's rule, static.
       channel_axis: the solver's, static.
       per_leaf: the solver's, static.
+      memory: the solver's, static.
     """
 
     table: Table
     calls: Any
     end: Any
     denoises: Any
-    rule: Callable[[Any, Gram], Coefficients] | None = dataclasses.field(default=None, metadata={"static": True})
+    rule: Rule | None = dataclasses.field(default=None, metadata={"static": True})
     channel_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
     per_leaf: bool = dataclasses.field(default=True, metadata={"static": True})
+    memory: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def row_at(table: Table, index: Any) -> Table:

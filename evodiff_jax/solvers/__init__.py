@@ -7,7 +7,8 @@ from evodiff_jax.solvers._ddim import ddim, euler, euler_ancestral
 from evodiff_jax.solvers._dpm_solver import dpm_solver, dpm_solver_pp, sde_dpm_solver_pp
 from evodiff_jax.solvers._dpm_solver_v3 import dpm_solver_v3
 from evodiff_jax.solvers._edm import dpm_2, heun
-from evodiff_jax.solvers._evodiff import evodiff, evodiff_reference
+from evodiff_jax.solvers._evodiff import evodiff
+from evodiff_jax.solvers._evodiff_reference import evodiff_reference
 from evodiff_jax.solvers._sa_solver import sa_solver
 from evodiff_jax.solvers._unipc import unipc
 from evodiff_jax.tables import Solver

@@ -1,93 +1,134 @@
-"""EVODiff: predictor and corrector whose coefficients minimise the conditional variance of each reverse transition.
+"""EVODiff: coefficients that minimise, per sample and step, the conditional variance of the reverse transition.
 
-Notation, for the step from t_0 (alpha_0, sigma_0) to t (alpha_t, sigma_t), with the time t_1 before t_0, the model
-outputs m_t, m_0, m_1 there, kappa = sigma / alpha, lambda = -log kappa and
+The variance needs a distribution, and the sample's own model outputs tell it. In the coordinates x / alpha, with kappa
+= sigma / alpha, data that is normal with standard deviation s along a direction has along it the data prediction m =
+s^2 / (s^2 + kappa^2) x, and the exact trajectory x proportional to sqrt(s^2 + kappa^2). A sample is a sum of such
+directions with energies E(s), the spectrum of its data. The solver is linear, so its own run on one scale is the run of
+one number: twelve scales are sampled beside the state, by the same coefficients, and at every model call
 
-    h   = 1/kappa_t - 1/kappa_0                     A = sigma_t h = -alpha_t expm1(lambda_0 - lambda_t)
-    r   = (lambda_0 - lambda_1) / (lambda_t - lambda_0)
-    x_e = (sigma_t / sigma_0) x + A m_0             (DDIM)
-    rho_1 = (1 - w) b + w <m_0, m_1> / <m_1, m_1>   D_1 = m_0 - rho_1 m_1       (balanced differences)
-    rho_2 = (1 - w) b + w <m_t, m_0> / <m_0, m_0>   D_2 = m_t - rho_2 m_0
+1. the spectrum is estimated: the squared distances |m_i - m_j|^2 of the newest four outputs are, in the model, sums
+   over s of E(s) times those of its scale. Energies E >= 0 are fitted to the six distances by multiplicative updates
+   (Richardson 1972, Lucy 1974). What no spectrum explains, as when a sample commits to one mode of its distribution, is
+   energy v >= 0 of a single difference that says nothing about the others;
+2. the step that has just ended is corrected, and the next one predicted, by
+       x_t = q x + (1 - q) (m_0 + sum_a c_a D_a)          q = kappa_t / kappa_0
+   with the differences D_a of adjacent outputs, newest first (for the correction D_0 = m_t - m_0), and the c that
+   minimise the variance of the error of x_t, in units of what of it is left at the end of the run,
+       sum_s E(s) (x_s - x_s*)^2 / x_s*^2 + sum_a (v_a + eps^2 E_a) (c_a - c_a*)^2,
+   where x_s is the run of scale s, errors made so far included, x_s* its exact solution, E_a the energy of D_a and c*
+   the second-order rule that corrects with m linear in lambda = -log kappa and predicts with m linear in kappa, whose
+   extrapolation stays bounded however long the step: a least-squares problem of three unknowns.
 
-each step first probes x_p = x_e + A / (2 r_i) D_1 with r_i = r sigmoid(|rho_1| / 4), calls the model there, and then
-corrects, with no further call, to
+For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
+minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
 
-    x = x_e + A / (2 zeta) B                        B = r (1 - eta) D_2 - (eta / r) D_1
-
-where zeta and eta minimise the conditional variance of the step in closed form. With B+ = r D_2, B- = D_1 / r and
-P = A / (2 r_i) (D_1 - B),
-
-    eta*  = <B+ + B-, B+ - B-> / (2 |B+ - B-|^2)    eta  = sigmoid(|eta*|) / 2
-    zeta* = <P, D_1> / (A |D_1|^2)                  zeta = sigmoid(|zeta*| - 1/2)
-
-and every ratio of inner products is clipped to [-2, 2]. The first step is DDIM, the last one makes no call. All of it
-is linear in the outputs, so that a step is one row of a table whose coefficients come from a Gram matrix.
+The corrector in the form of the paper, x = x_e + A / (2 zeta) (r (1 - eta) D_0 - (eta / r) D_1), r the ratio of the
+last two steps in lambda, has the zeta and eta that a trace shows.
 
 Li, Lin, Yang, Zhang, Zhang, "EVODiff: Entropy-aware Variance Optimized Diffusion Inference", NeurIPS 2025,
-arXiv 2509.26096.
+arXiv 2509.26096, propose the objective and the two-parameter form; the estimate of the variance is ours.
 """
 
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.gram import Gram
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers._quadrature import finite
+from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax.solvers._evodiff_reference import check_leaves
 from evodiff_jax.tables import Coefficients, Solver, Table
 
-_CLIP = 2.0
-_FEW_STEPS = 20  # the released code switches the form of zeta above this many steps
+_SCALES = 12
+_SMALLEST, _LARGEST = 0.1, 0.1  # scales from this part of the last kappa to this part of the first
+_DIFFERENCES = 3
+_PAIRS = ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3))  # of the newest outputs; the first three are differences
+_SPANS = np.array([[i <= a < j for a in range(_DIFFERENCES)] for i, j in _PAIRS], np.float64)
+_UPDATES = 2
+_UNEXPLAINED = np.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
+_CAUTION = 0.15  # how much of the unexplained energy counts
+_RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
+_FAR = 5.0  # an infinite lambda is taken to be this far beyond the finite ones
 
 
 class Step(NamedTuple):
-    """The schedule scalars of one step, or arrays of them for all steps of a run."""
+    """What the rule needs of one step; entries of a table have a leading axis of rows.
 
-    amplitude: Any  # A = sigma_t h
-    gain: Any  # what zeta* is scaled by: A as released, A / alpha_t to not depend on the scale of the state
-    h: Any
-    ratio: Any  # r
-    weight: Any  # w
-    balance: Any  # b
-    sigma_ratio: Any  # sigma_t / sigma_0
-    few_steps: Any  # 1 for runs of at most 20 steps, else 0
+    Attributes:
+      ratio: q.
+      weight: c*_0.
+      amplitude: alpha_t (1 - q).
+      exact: (S,), x_s* at the step's end.
+    """
+
+    ratio: Any
+    weight: Any
+    amplitude: Any
+    exact: Any
 
 
-class Steps(NamedTuple):
-    """The step that a row corrects and the step that it predicts."""
+class Row(NamedTuple):
+    """What the rule needs of a row.
+
+    Attributes:
+      corrected: the step that ends where the model is called.
+      predicted: the step that begins there.
+      response: (S,), the data prediction of each scale for x_s = 1.
+      start: (S,), x_s at the beginning of the run.
+      prior: (S,), E before anything is known.
+      outputs: the number of earlier outputs.
+      ratio: r.
+      ridge: eps of the predictor.
+    """
 
     corrected: Step
     predicted: Step
+    response: Any
+    start: Any
+    prior: Any
+    outputs: Any
+    ratio: Any
+    ridge: Any
+
+
+class Memory(NamedTuple):
+    """What the rule keeps of a sample: the run of each scale, and what is known of the spectrum.
+
+    Attributes:
+      state: (S,), the corrected x_s.
+      probe: (S,), the predicted x_s.
+      outputs: (3, S), the newest data predictions of the scales.
+      energy: (S,), E.
+      unexplained: (3,), v_a as a part of the energy of D_a.
+      predictor: (3,), the c of the last prediction.
+    """
+
+    state: Any
+    probe: Any
+    outputs: Any
+    energy: Any
+    unexplained: Any
+    predictor: Any
+
+
+_SIZES = Memory(_SCALES, _SCALES, _DIFFERENCES * _SCALES, _SCALES, _DIFFERENCES, _DIFFERENCES)
 
 
 @functools.cache
-def evodiff(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
-    """EVODiff, the default solver: one model call a step.
+def evodiff(channel_axis: int | None = None, per_leaf: bool = True) -> Solver:
+    """EVODiff, the default solver: one model call a step, coefficients chosen per sample and step.
 
-    It differs from `evodiff_reference` in what the released code gets wrong:
-
-    * the last step is plain DDIM, safe at any final sigma, where the released one scales the sample by
-      1 - sqrt(sigma_t sigma_0);
-    * the balance factor b is 1 rather than sqrt(sigma_t sigma_1) / sigma_0, which is 1 only on log-SNR grids of a
-      variance-exploding schedule, so that a constant model is integrated exactly on every grid;
-    * the weight w is a function of kappa rather than t, and zeta* is clipped in units of the data rather than of the
-      scaled state, so that variance-preserving and variance-exploding runs of one problem agree;
-    * zeta has one form at every number of steps, where the released code has another above 20;
-    * the probe has r_i = r, which makes it the usual second-order extrapolation, where the released r_i, about
-      0.56 r, reaches almost twice as far;
-    * the first step is corrected by the trapezoidal rule once the model has been called at its end, and so is the
-      second one where the first started at alpha = 0.
-
-    What each of them is worth is measured by `benchmarks/differences.py`.
+    See `evodiff_jax.solvers._evodiff` for the rule, and benchmarks/EVODIFF.md for its derivation and measurements. It
+    is exact for models that predict a constant, does not depend on the units of the data nor on whether the schedule
+    preserves variance, and has order 2. The first step is corrected once its end is known. A last step to sigma = 0 is
+    of first order. For the released algorithm see `evodiff_reference`.
 
     Args:
-      channel_axis: the axis of the state that holds channels, whose coefficients are chosen separately as in the
-        released code; None for one choice per sample as the paper writes it. States of fewer than three axes
-        have no channel axis.
+      channel_axis: an axis of the state over which coefficients are chosen separately, as the released code does with
+        channels; None for one choice per sample as the paper writes it. States of fewer than three axes have one.
       per_leaf: for states that are pytrees, whether each leaf has coefficients of its own; if not, inner products are
         summed over the leaves, which makes one choice for the whole sample and needs channel_axis=None.
 
@@ -98,144 +139,171 @@ def evodiff(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
       ValueError: when per_leaf is False and channel_axis is not None.
 
     References:
-      arXiv 2509.26096, algorithm 1.
+      arXiv 2509.26096, for the objective.
     """
-    return _solver("evodiff", channel_axis, per_leaf, released=False)
+    check_leaves("evodiff", channel_axis, per_leaf)
+    return Solver("evodiff", _table, _rule, channel_axis, per_leaf, sum(_SIZES))
 
 
-@functools.cache
-def evodiff_reference(channel_axis: int | None = -1, per_leaf: bool = True) -> Solver:
-    """EVODiff exactly as released (EDM-style, second order), for reproduction: one model call a step.
-
-    Where an inner product in a denominator vanishes the released code returns NaN; here the ratio is 0.
-
-    Args:
-      channel_axis: as for `evodiff`; the released code has one choice per channel.
-      per_leaf: as for `evodiff`.
-
-    Returns:
-      The solver. NFE: N for N steps.
-
-    Raises:
-      ValueError: as `evodiff`.
-
-    References:
-      arXiv 2509.26096, algorithm 1, and the authors' public code.
-    """
-    return _solver("evodiff_reference", channel_axis, per_leaf, released=True)
-
-
-def _solver(name: str, channel_axis: int | None, per_leaf: bool, released: bool) -> Solver:
-    if channel_axis is not None and not per_leaf:
-        raise ValueError(
-            f"{name} with per_leaf=False sums inner products over the whole sample: "
-            f"it needs channel_axis=None, got {channel_axis}"
-        )
-    rule = functools.partial(_rule, released_probe=released, released_zeta=released)
-    return Solver(name, functools.partial(_table, released=released), rule, channel_axis, per_leaf)
-
-
-def _table(schedule: NoiseSchedule, times: Any, released: bool) -> Table:
-    """Row i calls the model at t_i, corrects the step to t_i where i >= 2, and predicts the step to t_{i+1}."""
+def _table(schedule: NoiseSchedule, times: Any) -> Table:
+    """Row i calls the model at t_i, corrects the step to t_i where i >= 1, and predicts the step to t_{i+1}."""
     xp = namespace(times)
-    alpha, sigma, lambda_ = schedule.levels(times)
-    num_steps = times.shape[0] - 1
-    ones = xp.ones_like(lambda_[1:])
-    sigma_ratio = sigma[1:] / sigma[:-1]
-    amplitude = -alpha[1:] * xp.expm1(lambda_[:-1] - lambda_[1:])
-    # Steps 2 .. N-1 are adaptive, unless the one before starts at alpha = 0, infinitely far in lambda.
-    index = np.arange(1, num_steps + 1)
-    before = np.maximum(index - 2, 0)
-    probes = (index > 1) & (index < num_steps) & xp.isfinite(lambda_[before])
-    safe_lambda = finite(lambda_)
-    gap = safe_lambda[1:] - safe_lambda[:-1]
-    of_probes = lambda values: xp.where(probes, values, ones)  # noqa: E731
-    clock = times if released else xp.exp(-lambda_)
-    step = Step(
-        amplitude=amplitude,
-        gain=amplitude if released else amplitude / alpha[1:],
-        h=of_probes(xp.exp(safe_lambda[1:]) - xp.exp(safe_lambda[:-1])),
-        ratio=of_probes(gap[before] / gap),
-        weight=(1 - ((clock[1:] + clock[-1]) / (clock[0] + clock[-1])) ** 2) / 2,
-        balance=xp.sqrt(of_probes(sigma_ratio) / of_probes(sigma_ratio[before])) if released else ones,
-        sigma_ratio=sigma_ratio,
-        few_steps=ones * (num_steps <= _FEW_STEPS),
+    levels = schedule.levels(times)
+    steps = quadrature.data_steps(*quadrature.ends(levels))
+    lambda_ = _bounded(levels.lambda_)
+    kappa, h = xp.exp(-lambda_), lambda_[1:] - lambda_[:-1]
+    index = np.arange(h.shape[0])
+    before = np.maximum(index - 1, 0)
+
+    smallest, largest = xp.log(_SMALLEST * kappa[-1]), xp.log(_LARGEST * kappa[0])
+    scales = xp.exp(smallest + np.linspace(0, 1, _SCALES) * (largest - smallest))
+    exact = xp.sqrt(1 + (kappa[:, None] / scales) ** 2)  # x_s*, in units of the data along its direction
+    linear = quadrature.exponential_moments(-h, 2)[1]  # the mean over a step of (lambda - lambda_0) / h
+    fall = h * quadrature.phi(2, h) / quadrature.phi(1, h)  # the mean over a step of 1 - kappa / kappa_0
+    of_rows = lambda values: xp.broadcast_to(values, (h.shape[0], _SCALES))  # noqa: E731
+
+    ratio, amplitude = xp.exp(-h), steps.amplitude
+    rule = Row(
+        corrected=Step(ratio[before], linear[before], amplitude[before], exact[:-1]),
+        predicted=Step(ratio, fall * ratio[before] / -xp.expm1(-h[before]), amplitude, exact[1:]),
+        response=1 / exact[:-1] ** 2,
+        start=of_rows(exact[0]),
+        prior=of_rows(scales / scales[-1]),
+        outputs=xp.ones_like(h) * index,
+        ratio=h[np.maximum(index - 2, 0)] / h[before],
+        ridge=xp.where(index == 1, _RIDGE_FIRST, xp.ones_like(h) * _RIDGE_PREDICTOR),
     )
-    corrects = xp.concatenate([probes[:1], probes[:-1]])  # the first step is never adaptive
-    zero = xp.zeros_like(ones)
-    transition, first, second = sigma_ratio, amplitude, zero
-    if released and num_steps > 1:
-        last = np.arange(num_steps) == num_steps - 1
-        root = xp.sqrt(xp.where(sigma_ratio < 0.5, sigma_ratio, xp.abs(sigma_ratio - 0.5)))
-        scale = xp.where(last, 1 - xp.sqrt(sigma[1:] * sigma[:-1]), 1.0)
-        transition = scale * sigma_ratio
-        first = scale * amplitude + xp.where(last, amplitude / 2, 0.0)
-        second = xp.where(last, -amplitude / 2 * (1 - root / 2), 0.0)
-    # A row knows both ends of the step before it; those that were plain DDIM get the trapezoidal rule.
-    plain = ~corrects & (index > 1) & (not released)
-    trapezoid = xp.where(plain, amplitude[index - 2] / 2, 0.0)
+    zero = xp.zeros_like(h)
+    to_data = (index == index[-1]) & (levels.sigma[-1] == 0)
     return Table(
         time=times[:-1],
-        transition=transition,
-        predictor=xp.stack([first, second, zero], axis=-1),
-        corrector=xp.stack([trapezoid, -trapezoid, zero], axis=-1),
-        adaptive=xp.stack([corrects, probes], axis=-1) * ones[:, None],
-        rule=Steps(jax.tree.map(lambda a: a[before], step), step),
+        transition=steps.transition,
+        predictor=xp.stack([amplitude, *[zero] * (_DIFFERENCES + 1)], axis=-1),
+        corrector=xp.stack([zero] * (_DIFFERENCES + 2), axis=-1),
+        adaptive=xp.stack([zero + (index > 0), xp.where(to_data, 0.0, zero + (index > 0))], axis=-1),
+        rule=rule,
     )
 
 
-def _rule(steps: Steps, gram: Gram, released_probe: bool, released_zeta: bool) -> Coefficients:
-    """The corrector of the last step and the probe of the next, as coefficients of the outputs (newest first)."""
-    step, (norm_t, norm_0, norm_1) = steps.corrected, gram.norms
-    # u = 1 - rho is known more exactly than rho, which is near 1, and it is what norms enter with.
-    u1 = _one_minus_rho(step, norm_0, norm_1, gram.distance(1, 2))
-    u2 = _one_minus_rho(step, norm_t, norm_0, gram.distance(0, 1))
-    d1, d2 = (0.0, 1.0, u1 - 1), (1.0, u2 - 1, 0.0)
-    d1_d1, d1_d2, d2_d2 = gram.inner(d1, d1, u1, u1), gram.inner(d1, d2, u1, u2), gram.inner(d2, d2, u2, u2)
-
-    r = step.ratio
-    forward, backward = r**2 * d2_d2, d1_d1 / r**2
-    eta = jax.nn.sigmoid(jnp.abs(_clipped_ratio(forward - backward, forward - 2 * d1_d2 + backward) / 2)) / 2
-    probe_ratio = _probe_ratio(step, u1, released_probe)
-    # <P, D_1> / <D_1, D_1> with P = gain / (2 r_i) (D_1 - B)
-    projection = step.gain / (2 * probe_ratio) * (d1_d1 * (1 + eta / r) - r * (1 - eta) * d1_d2)
-    zeta_star = _clipped_ratio(projection, d1_d1) / step.gain
-    sharpness = 1.0
-    if released_zeta:
-        curvature = _clipped_ratio(step.h * (norm_0 - norm_1 + gram.distance(1, 2)) / 2, gram.distance(1, 2))
-        many = -jax.nn.sigmoid(curvature * (2 - step.sigma_ratio**2))
-        sharpness = jnp.where(step.few_steps > 0, 1.0, many)
-    zeta = jax.nn.sigmoid((jnp.abs(zeta_star) - 0.5) * sharpness)
-
-    half_step = step.amplitude / (2 * zeta)
-    on_d2, on_d1 = half_step * r * (1 - eta), -half_step * eta / r - step.amplitude / (2 * probe_ratio)
-    corrector = tuple(on_d2 * b + on_d1 * a for a, b in zip(d1, d2, strict=True))
-
-    # In the next step m_t and m_0 are what m_0 and m_1 are in this one.
-    step = steps.predicted
-    u1 = _one_minus_rho(step, norm_t, norm_0, gram.distance(0, 1))
-    half_probe = step.amplitude / (2 * _probe_ratio(step, u1, released_probe))
-    predictor = (half_probe, half_probe * (u1 - 1), 0.0)
-    return Coefficients(predictor, corrector, {"zeta": zeta, "eta": eta})
+def _bounded(lambda_: Any) -> Any:
+    """Lambda with infinite ends (sigma = 0 or alpha = 0) a fixed way beyond the finite ones."""
+    xp = namespace(lambda_)
+    finite = xp.isfinite(lambda_)
+    lowest = xp.min(xp.where(finite, lambda_, xp.inf)) - _FAR
+    highest = xp.max(xp.where(finite, lambda_, -xp.inf)) + _FAR
+    bounded = xp.where(finite, lambda_, xp.where(lambda_ > 0, highest, lowest))
+    return xp.where(xp.isfinite(bounded), bounded, xp.where(lambda_ > 0, _FAR, -_FAR))  # no finite one between
 
 
-def _one_minus_rho(step: Step, norm_new: Any, norm_old: Any, distance: Any) -> Any:
-    """1 - rho for rho = (1 - w) b + w clip(<new, old> / <old, old>)."""
-    projection = _clipped_ratio((norm_new - norm_old - distance) / 2, norm_old, -_CLIP - 1, _CLIP - 1)
-    return (1 - step.weight) * (1 - step.balance) - step.weight * projection
+def _rule(row: Row, gram: Gram, memory: Any) -> tuple[Coefficients, Any]:
+    """The corrector of the last step and the predictor of the next, as coefficients of the outputs (newest first)."""
+    known = _unpack(row, memory)
+    m = row.response * known.probe
+    outputs = jnp.concatenate([m[None], known.outputs])
+    differences = outputs[:-1] - outputs[1:]
+    available = (row.outputs > jnp.arange(_DIFFERENCES)).astype(m.dtype)
+    differences = differences * available[:, None]
+    energy, unexplained, caution = _spectrum(row, gram, known, outputs)
+
+    def step(start: Any, m: Any, to: Step, ridge: float) -> tuple[Any, Any, Any]:
+        """The c of a step of the scales from `start` with the data prediction m there, its end, its variance."""
+        weights = energy / to.exact**2
+        linear = to.ratio * start + (1 - to.ratio) * (m + to.weight * differences[0])
+        missing = (to.exact - linear) / (1 - to.ratio)
+        c = _least_squares(missing, differences, weights, ridge**2 + caution) * available
+        c = c.at[0].add(to.weight * available[0])
+        end = to.ratio * start + (1 - to.ratio) * (m + c @ differences)
+        return c, end, weights @ (end - to.exact) ** 2 / jnp.sum(energy)
+
+    corrector, state, variance = step(known.state, outputs[1], row.corrected, _RIDGE_CORRECTOR)
+    state = jnp.where(row.outputs > 0, state, known.state)
+    predictor, probe, _ = step(state, m, row.predicted, row.ridge)
+
+    kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor)
+    corrected = _of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1)
+    on_new, on_old = corrector[0] / row.ratio, -corrector[1] * row.ratio
+    both = on_new + on_old
+    both = jnp.where(jnp.abs(both) > _TINY, both, _TINY)
+    trace = {"zeta": 1 / (2 * both), "eta": on_old / both, "variance": variance}
+    coefficients = Coefficients(
+        tuple(row.predicted.amplitude * _of_outputs(predictor)), tuple(row.corrected.amplitude * corrected), trace
+    )
+    return coefficients, jnp.concatenate([jnp.ravel(part) for part in kept])
 
 
-def _probe_ratio(step: Step, one_minus_rho: Any, released: bool) -> Any:
-    """r_i."""
-    return jax.nn.sigmoid(jnp.abs(1 - one_minus_rho) / 4) * step.ratio if released else step.ratio
+_TINY = 1e-3
 
 
-def _clipped_ratio(numerator: Any, denominator: Any, low: float = -_CLIP, high: float = _CLIP) -> Any:
-    """clip(numerator / denominator, low, high), 0 where the denominator, a squared norm, vanishes.
+def _unpack(row: Row, memory: Any) -> Memory:
+    """The memory by name, and in the first row what it starts from."""
+    parts = Memory(*jnp.split(memory, np.cumsum(_SIZES)[:-1]))
+    first = row.outputs < 1
+    return parts._replace(
+        state=jnp.where(first, row.start, parts.state),
+        probe=jnp.where(first, row.start, parts.probe),
+        outputs=parts.outputs.reshape(_DIFFERENCES, _SCALES),
+        energy=jnp.where(first, row.prior, parts.energy),
+    )
 
-    Clipping before the division keeps values and gradients finite for any denominator above the threshold.
-    """
-    denominator = jnp.asarray(denominator)
-    positive = denominator > 10 * jnp.sqrt(jnp.finfo(denominator.dtype).tiny)
-    safe = jnp.where(positive, denominator, 1)
-    return jnp.where(positive, jnp.clip(numerator, low * safe, high * safe) / safe, 0)
+
+def _spectrum(row: Row, gram: Gram, known: Memory, outputs: Any) -> tuple[Any, Any, Any]:
+    """E, v as a part of the energy of each difference, and v over what the spectrum explains of it."""
+    observed = jnp.stack([gram.distance(i, j) for i, j in _PAIRS])
+    observed = observed * (row.outputs >= np.array([j for _, j in _PAIRS]))
+    total = jnp.sum(observed)
+    # Nothing to learn from one difference, nor from outputs that do not change.
+    informative = (row.outputs > 1) & (total > 10 * jnp.sqrt(jnp.finfo(total.dtype).tiny))
+    observed = observed / jnp.where(informative, total, 1)
+    seen = (observed > 0).astype(observed.dtype)
+    of_scales = jnp.stack([(outputs[i] - outputs[j]) ** 2 for i, j in _PAIRS])
+
+    energy = known.energy * _ratio(1.0, jnp.sum(seen[:, None] * of_scales * known.energy))
+    parts = jnp.concatenate([jnp.full((1,), _UNEXPLAINED, observed.dtype), known.unexplained[:-1]])
+    single = parts * observed[:_DIFFERENCES]
+    spans = _SPANS.astype(observed.dtype)
+    for _ in range(_UPDATES):
+        modelled = of_scales @ energy + spans @ single
+        agreement = jnp.clip(_ratio(observed, modelled), np.exp(-4.0), np.exp(4.0))
+        sensitivity = seen * _ratio(1.0, modelled)
+        update = lambda by: _ratio((sensitivity * agreement) @ by, sensitivity @ by, otherwise=1.0)  # noqa: B023, E731
+        energy, single = energy * update(of_scales), single * update(spans)
+
+    explained = of_scales[:_DIFFERENCES] @ energy
+    caution = _CAUTION * jnp.clip(_ratio(single, explained), 0, 1e4)
+    fraction = jnp.clip(_ratio(single, observed[:_DIFFERENCES]), 0, 1e4)
+    energy = energy * _ratio(1.0, jnp.max(energy))
+    return (
+        jnp.where(informative, energy, known.energy),
+        jnp.where(informative, fraction, jnp.where(row.outputs > 1, known.unexplained, _UNEXPLAINED)),
+        jnp.where(informative, caution, 0.0),
+    )
+
+
+def _least_squares(missing: Any, differences: Any, weights: Any, ridge: Any) -> Any:
+    """The c that minimise sum_s w (missing - c . D)^2 + sum_a ridge_a |D_a|^2 c_a^2."""
+    squares = differences**2 @ weights
+    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    unit = differences / length[:, None]
+    gram, b = (unit * weights) @ unit.T, (unit * weights) @ missing
+    d0, d1, d2 = jnp.diagonal(gram) + ridge + (squares <= 0)
+    l10, l20 = gram[1, 0] / d0, gram[2, 0] / d0
+    d1 = d1 - l10 * gram[1, 0]
+    l21 = (gram[2, 1] - l20 * gram[1, 0]) / d1
+    d2 = d2 - l20 * gram[2, 0] - l21**2 * d1
+    y1 = b[1] - l10 * b[0]
+    c2 = (b[2] - l20 * b[0] - l21 * y1) / d2
+    c1 = y1 / d1 - l21 * c2
+    c0 = b[0] / d0 - l10 * c1 - l20 * c2
+    return jnp.stack([c0, c1, c2]) / length
+
+
+def _of_outputs(c: Any) -> Any:
+    """Coefficients of differences as those of the outputs they are differences of, and of one output more."""
+    zero = jnp.zeros_like(c[:1])
+    return jnp.concatenate([c, zero, zero]) - jnp.concatenate([zero, c, zero])
+
+
+def _ratio(numerator: Any, denominator: Any, otherwise: float = 0.0) -> Any:
+    """The ratio, or `otherwise` where the denominator, a sum of squares, vanishes."""
+    positive = denominator > jnp.finfo(jnp.asarray(denominator).dtype).tiny
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), otherwise)
