@@ -17,7 +17,8 @@ one number: twelve scales are sampled beside the state, by the same coefficients
        sum_s E(s) (x_s - x_s*)^2 / x_s*^2 + sum_a (v_a + eps^2 E_a) (c_a - c_a*)^2,
    where x_s is the run of scale s, errors made so far included, x_s* its exact solution, E_a the energy of D_a and c*
    the second-order rule that corrects with m linear in lambda = -log kappa and predicts with m linear in kappa, whose
-   extrapolation stays bounded however long the step: a least-squares problem of three unknowns.
+   extrapolation stays bounded however long the step: a least-squares problem of three unknowns. eps, of which a part
+   of every difference is taken to be no such model's, grows with the square of the ratio of a step to the one before.
 
 For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
 minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
@@ -43,7 +44,7 @@ from evodiff_jax.solvers._evodiff_reference import check_leaves
 from evodiff_jax.tables import Coefficients, Solver, Table
 
 _SCALES = 12
-_SMALLEST, _LARGEST = 0.1, 0.1  # scales from this part of the last kappa to this part of the first
+_SMALLEST, _LARGEST = 0.1, 0.1  # scales from this part of the last kappa to this part of the first, or the second
 _DIFFERENCES = 3
 _PAIRS = ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3))  # of the newest outputs; the first three are differences
 _SPANS = np.array([[i <= a < j for a in range(_DIFFERENCES)] for i, j in _PAIRS], np.float64)
@@ -51,7 +52,7 @@ _UPDATES = 2
 _UNEXPLAINED = np.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
-_FAR = 5.0  # an infinite lambda is taken to be this far beyond the finite ones
+_FAR = np.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
 
 
 class Step(NamedTuple):
@@ -155,7 +156,7 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
     index = np.arange(h.shape[0])
     before = np.maximum(index - 1, 0)
 
-    smallest, largest = xp.log(_SMALLEST * kappa[-1]), xp.log(_LARGEST * kappa[0])
+    smallest, largest = xp.log(_SMALLEST * kappa[-1]), xp.log(xp.minimum(_LARGEST * kappa[0], kappa[1]))
     scales = xp.exp(smallest + np.linspace(0, 1, _SCALES) * (largest - smallest))
     exact = xp.sqrt(1 + (kappa[:, None] / scales) ** 2)  # x_s*, in units of the data along its direction
     linear = quadrature.exponential_moments(-h, 2)[1]  # the mean over a step of (lambda - lambda_0) / h
@@ -171,7 +172,7 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
         prior=of_rows(scales / scales[-1]),
         outputs=xp.ones_like(h) * index,
         ratio=h[np.maximum(index - 2, 0)] / h[before],
-        ridge=xp.where(index == 1, _RIDGE_FIRST, xp.ones_like(h) * _RIDGE_PREDICTOR),
+        ridge=xp.where(index == 1, _RIDGE_FIRST, _RIDGE_PREDICTOR) * xp.maximum(h / h[before], 1.0) ** 2,
     )
     zero = xp.zeros_like(h)
     to_data = (index == index[-1]) & (levels.sigma[-1] == 0)
