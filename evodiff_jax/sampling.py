@@ -29,8 +29,8 @@ class Trace(NamedTuple):
     Attributes:
       times: (N + 1,), the time of every model call, for most solvers the times of the run, and the last time.
       states: (N + 1, B, ...), the (corrected) state at every one of them, before any denoising to zero.
-      coefficients: what the rule tells, by name, for EVODiff "zeta" and "eta" and for `evodiff` the estimated "variance"
-        of the step's error too, in units of the data's; per step from the second to the last but one, sample and
+      coefficients: what the rule tells, by name, for EVODiff "zeta" and "eta" and for `evodiff` the estimated
+        "variance" of the step's error, in units of the data's; per step from the second to the last but one, sample and
         (where separate) channel: (N - 2, B) for `evodiff`, (N - 2, B, C) for `evodiff_reference`. Empty for solvers
         without a rule.
       gram: the inner products they were computed from, a `Gram` with entries of the coefficients' shape, or None.
