@@ -305,6 +305,6 @@ def _of_outputs(c: Any) -> Any:
 
 
 def _ratio(numerator: Any, denominator: Any, otherwise: float = 0.0) -> Any:
-    """The ratio, or `otherwise` where the denominator, a sum of squares, vanishes."""
-    positive = denominator > jnp.finfo(jnp.asarray(denominator).dtype).tiny
+    """The ratio, or `otherwise` where the denominator, a sum of squares, or its square in derivatives, vanishes."""
+    positive = denominator > 10 * jnp.sqrt(jnp.finfo(jnp.asarray(denominator).dtype).tiny)
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), otherwise)
