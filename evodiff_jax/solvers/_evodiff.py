@@ -31,6 +31,7 @@ arXiv 2509.26096, propose the objective and the two-parameter form; the estimate
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ _DIFFERENCES = 3
 _PAIRS = ((0, 1), (1, 2), (2, 3), (0, 2), (1, 3), (0, 3))  # of the newest outputs; the first three are differences
 _SPANS = np.array([[i <= a < j for a in range(_DIFFERENCES)] for i, j in _PAIRS], np.float64)
 _UPDATES = 2
-_UNEXPLAINED = np.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
+_UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
 _FAR = np.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
@@ -264,7 +265,7 @@ def _spectrum(row: Row, gram: Gram, known: Memory, outputs: Any) -> tuple[Any, A
     spans = _SPANS.astype(observed.dtype)
     for _ in range(_UPDATES):
         modelled = of_scales @ energy + spans @ single
-        agreement = jnp.clip(_ratio(observed, modelled), np.exp(-4.0), np.exp(4.0))
+        agreement = jnp.clip(_ratio(observed, modelled), math.exp(-4), math.exp(4))
         sensitivity = seen * _ratio(1.0, modelled)
         update = lambda by: _ratio((sensitivity * agreement) @ by, sensitivity @ by, otherwise=1.0)  # noqa: B023, E731
         energy, single = energy * update(of_scales), single * update(spans)
@@ -305,6 +306,6 @@ def _of_outputs(c: Any) -> Any:
 
 
 def _ratio(numerator: Any, denominator: Any, otherwise: float = 0.0) -> Any:
-    """The ratio, or `otherwise` where the denominator, a sum of squares, vanishes."""
-    positive = denominator > jnp.finfo(jnp.asarray(denominator).dtype).tiny
+    """The ratio, or `otherwise` where the denominator, a sum of squares, or its square in derivatives, vanishes."""
+    positive = denominator > 10 * jnp.sqrt(jnp.finfo(jnp.asarray(denominator).dtype).tiny)
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), otherwise)
