@@ -53,7 +53,7 @@ _UPDATES = 2
 _UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
-_FAR = np.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
+_FAR = math.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
 
 
 class Step(NamedTuple):
