@@ -58,7 +58,9 @@ def test_inner_products_summed_over_leaves_are_those_of_one_vector(x64):
     np.testing.assert_allclose(of_parts.eta, trace.eta, rtol=1e-9)
     chex.assert_trees_all_close(of_parts.gram, trace.gram, rtol=1e-9)
 
-    per_leaf, of_leaves = ed.sample_with_trace(lambda x, t: cut(model(joined(x), t)), cut(x_T), TIMES, EDM)
+    per_leaf, of_leaves = ed.sample_with_trace(
+        lambda x, t: cut(model(joined(x), t)), cut(x_T), TIMES, EDM, ed.solvers.evodiff(channel_axis=-1)
+    )
     assert np.abs(joined(per_leaf) - whole).max() > 1e-6
     assert set(of_leaves.zeta) == {"first", "rest"}
     chex.assert_shape(of_leaves.zeta["first"], (4, 3))
