@@ -91,7 +91,11 @@ BAD = {
         r"alpha is 0 at times\[0\].*use a data-prediction one",
     ),
     "a plan for a schedule": (lambda: ed.sample_plan(good, X, EDM), T, "plan must be a Plan, from evodiff_jax.plan"),
-    "joint inner products of channels": (lambda: s.evodiff(channel_axis=-1, per_leaf=False), V, "needs channel_axis=None, got -1"),
+    "joint inner products of channels": (
+        lambda: s.evodiff(channel_axis=-1, per_leaf=False),
+        V,
+        "needs channel_axis=None, got -1",
+    ),
     "an axis there is not": (sample(solver=s.evodiff(7)), V, r"channel_axis=7 is not an axis .* \(3, 4, 4, 2\)"),
     # networks
     "no denoiser": (sample(denoise=None), T, r"denoise must be a function denoise\(x, t\) -> x_0, got None"),

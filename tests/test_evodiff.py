@@ -291,7 +291,9 @@ def test_the_coefficients_do_not_depend_on_units_origin_and_axes_of_the_data(log
         moved = mixture(other, there(centers), 0.3 * scale)
         x_there, trace_there = ed.sample_with_trace(moved, jnp.asarray(there(noise)), scale * times, other)
         np.testing.assert_allclose(x_there, there(x), rtol=1e-6, atol=1e-7 * scale)
-        np.testing.assert_allclose(trace_there.coefficients["variance"], trace.coefficients["variance"], rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(
+            trace_there.coefficients["variance"], trace.coefficients["variance"], rtol=1e-4, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("channel_axis", [None, -1])
