@@ -197,32 +197,44 @@ def _bounded(lambda_: Any) -> Any:
     return xp.where(xp.isfinite(bounded), bounded, xp.where(lambda_ > 0, _FAR, -_FAR))  # no finite one between
 
 
-def _rule(row: Row, gram: Gram, memory: Any) -> tuple[Coefficients, Any]:
-    """The corrector of the last step and the predictor of the next, as coefficients of the outputs (newest first)."""
+def _rule(
+    row: Row,
+    gram: Gram,
+    memory: Any,
+    *,
+    spectrum: Any = None,
+    least_squares: Any = None,
+    exact_scales: bool = False,
+    corrects: bool = True,
+) -> tuple[Coefficients, Any]:
+    """The corrector of the last step and the predictor of the next, as coefficients of the outputs (newest first).
+
+    The keyword arguments are for benchmarks/ablation.py.
+    """
     known = _unpack(row, memory)
     m = row.response * known.probe
     outputs = jnp.concatenate([m[None], known.outputs])
     differences = outputs[:-1] - outputs[1:]
     available = (row.outputs > jnp.arange(_DIFFERENCES)).astype(m.dtype)
     differences = differences * available[:, None]
-    energy, unexplained, caution = _spectrum(row, gram, known, outputs)
+    energy, unexplained, caution = (spectrum or _spectrum)(row, gram, known, outputs)
 
     def step(start: Any, m: Any, to: Step, ridge: float) -> tuple[Any, Any, Any]:
         """The c of a step of the scales from `start` with the data prediction m there, its end, its variance."""
         weights = energy / to.exact**2
         linear = to.ratio * start + (1 - to.ratio) * (m + to.weight * differences[0])
         missing = (to.exact - linear) / (1 - to.ratio)
-        c = _least_squares(missing, differences, weights, ridge**2 + caution) * available
+        c = (least_squares or _least_squares)(missing, differences, weights, ridge**2 + caution) * available
         c = c.at[0].add(to.weight * available[0])
-        end = to.ratio * start + (1 - to.ratio) * (m + c @ differences)
+        end = to.exact if exact_scales else to.ratio * start + (1 - to.ratio) * (m + c @ differences)
         return c, end, weights @ (end - to.exact) ** 2 / jnp.sum(energy)
 
     corrector, state, variance = step(known.state, outputs[1], row.corrected, _RIDGE_CORRECTOR)
-    state = jnp.where(row.outputs > 0, state, known.state)
+    state = jnp.where((row.outputs > 0) & corrects, state, known.probe)
     predictor, probe, _ = step(state, m, row.predicted, row.ridge)
 
     kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor)
-    corrected = _of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1)
+    corrected = corrects * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
     on_new, on_old = corrector[0] / row.ratio, -corrector[1] * row.ratio
     both = on_new + on_old
     both = jnp.where(jnp.abs(both) > _TINY, both, _TINY)
@@ -248,7 +260,9 @@ def _unpack(row: Row, memory: Any) -> Memory:
     )
 
 
-def _spectrum(row: Row, gram: Gram, known: Memory, outputs: Any) -> tuple[Any, Any, Any]:
+def _spectrum(
+    row: Row, gram: Gram, known: Memory, outputs: Any, unexplained: float = _UNEXPLAINED
+) -> tuple[Any, Any, Any]:
     """E, v as a part of the energy of each difference, and v over what the spectrum explains of it."""
     observed = jnp.stack([gram.distance(i, j) for i, j in _PAIRS])
     observed = observed * (row.outputs >= np.array([j for _, j in _PAIRS]))
@@ -260,7 +274,7 @@ def _spectrum(row: Row, gram: Gram, known: Memory, outputs: Any) -> tuple[Any, A
     of_scales = jnp.stack([(outputs[i] - outputs[j]) ** 2 for i, j in _PAIRS])
 
     energy = known.energy * _ratio(1.0, jnp.sum(seen[:, None] * of_scales * known.energy))
-    parts = jnp.concatenate([jnp.full((1,), _UNEXPLAINED, observed.dtype), known.unexplained[:-1]])
+    parts = jnp.concatenate([jnp.full((1,), unexplained, observed.dtype), known.unexplained[:-1]])
     single = parts * observed[:_DIFFERENCES]
     spans = _SPANS.astype(observed.dtype)
     for _ in range(_UPDATES):
@@ -276,7 +290,7 @@ def _spectrum(row: Row, gram: Gram, known: Memory, outputs: Any) -> tuple[Any, A
     energy = energy * _ratio(1.0, jnp.max(energy))
     return (
         jnp.where(informative, energy, known.energy),
-        jnp.where(informative, fraction, jnp.where(row.outputs > 1, known.unexplained, _UNEXPLAINED)),
+        jnp.where(informative, fraction, jnp.where(row.outputs > 1, known.unexplained, unexplained)),
         jnp.where(informative, caution, 0.0),
     )
 
