@@ -17,8 +17,9 @@ one number: twelve scales are sampled beside the state, by the same coefficients
        sum_s E(s) (x_s - x_s*)^2 / x_s*^2 + sum_a (v_a + eps^2 E_a) (c_a - c_a*)^2,
    where x_s is the run of scale s, errors made so far included, x_s* its exact solution, E_a the energy of D_a and c*
    the second-order rule that corrects with m linear in lambda = -log kappa and predicts with m linear in kappa, whose
-   extrapolation stays bounded however long the step: a least-squares problem of three unknowns. eps, of which a part
-   of every difference is taken to be no such model's, grows with the square of the ratio of a step to the one before.
+   extrapolation stays bounded however long the step: a least-squares problem of three unknowns. eps^2 is the part of
+   every difference that the model is not trusted with; in a step longer than the one before, eps grows with the square
+   of their ratio.
 
 For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
 minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
