@@ -216,7 +216,7 @@ def _rule(
     m = row.response * known.probe
     outputs = jnp.concatenate([m[None], known.outputs])
     differences = outputs[:-1] - outputs[1:]
-    available = (row.outputs > jnp.arange(_DIFFERENCES)).astype(m.dtype)
+    available = (row.outputs > jnp.arange(_DIFFERENCES, dtype=m.dtype)).astype(m.dtype)
     differences = differences * available[:, None]
     energy, unexplained, caution = (spectrum or _spectrum)(row, gram, known, outputs)
 
@@ -235,7 +235,7 @@ def _rule(
     predictor, probe, _ = step(state, m, row.predicted, row.ridge)
 
     kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor)
-    corrected = corrects * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
+    corrected = float(corrects) * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
     on_new, on_old = corrector[0] / row.ratio, -corrector[1] * row.ratio
     both = on_new + on_old
     both = jnp.where(jnp.abs(both) > _TINY, both, _TINY)
@@ -266,7 +266,7 @@ def _spectrum(
 ) -> tuple[Any, Any, Any]:
     """E, v as a part of the energy of each difference, and v over what the spectrum explains of it."""
     observed = jnp.stack([gram.distance(i, j) for i, j in _PAIRS])
-    observed = observed * (row.outputs >= np.array([j for _, j in _PAIRS]))
+    observed = jnp.where(row.outputs >= np.array([j for _, j in _PAIRS], observed.dtype), observed, 0)
     total = jnp.sum(observed)
     # Nothing to learn from one difference, nor from outputs that do not change.
     informative = (row.outputs > 1) & (total > 10 * jnp.sqrt(jnp.finfo(total.dtype).tiny))
@@ -302,7 +302,7 @@ def _least_squares(missing: Any, differences: Any, weights: Any, ridge: Any) -> 
     length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     unit = differences / length[:, None]
     gram, b = (unit * weights) @ unit.T, (unit * weights) @ missing
-    d0, d1, d2 = jnp.diagonal(gram) + ridge + (squares <= 0)
+    d0, d1, d2 = jnp.diagonal(gram) + ridge + (squares <= 0).astype(squares.dtype)
     l10, l20 = gram[1, 0] / d0, gram[2, 0] / d0
     d1 = d1 - l10 * gram[1, 0]
     l21 = (gram[2, 1] - l20 * gram[1, 0]) / d1
