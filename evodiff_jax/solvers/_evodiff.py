@@ -35,6 +35,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,6 +56,10 @@ _UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spect
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
 _FAR = math.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
+_TINY = 1e-3  # 1 / (2 zeta) in a trace is at least this
+
+# Matrix units of accelerators round their operands to half precision unless told not to.
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Step(NamedTuple):
@@ -227,8 +232,8 @@ def _rule(
         missing = (to.exact - linear) / (1 - to.ratio)
         c = (least_squares or _least_squares)(missing, differences, weights, ridge**2 + caution) * available
         c = c.at[0].add(to.weight * available[0])
-        end = to.exact if exact_scales else to.ratio * start + (1 - to.ratio) * (m + c @ differences)
-        return c, end, weights @ (end - to.exact) ** 2 / jnp.sum(energy)
+        end = to.exact if exact_scales else to.ratio * start + (1 - to.ratio) * (m + _matmul(c, differences))
+        return c, end, _matmul(weights, (end - to.exact) ** 2) / jnp.sum(energy)
 
     corrector, state, variance = step(known.state, outputs[1], row.corrected, _RIDGE_CORRECTOR)
     state = jnp.where((row.outputs > 0) & corrects, state, known.probe)
@@ -244,9 +249,6 @@ def _rule(
         tuple(row.predicted.amplitude * _of_outputs(predictor)), tuple(row.corrected.amplitude * corrected), trace
     )
     return coefficients, jnp.concatenate([jnp.ravel(part) for part in kept])
-
-
-_TINY = 1e-3
 
 
 def _unpack(row: Row, memory: Any) -> Memory:
@@ -279,13 +281,13 @@ def _spectrum(
     single = parts * observed[:_DIFFERENCES]
     spans = _SPANS.astype(observed.dtype)
     for _ in range(_UPDATES):
-        modelled = of_scales @ energy + spans @ single
+        modelled = _matmul(of_scales, energy) + _matmul(spans, single)
         agreement = jnp.clip(_ratio(observed, modelled), math.exp(-4), math.exp(4))
         sensitivity = seen * _ratio(1.0, modelled)
-        update = lambda by: _ratio((sensitivity * agreement) @ by, sensitivity @ by, otherwise=1.0)  # noqa: B023, E731
+        update = lambda by: _ratio(_matmul(sensitivity * agreement, by), _matmul(sensitivity, by), 1.0)  # noqa: B023, E731
         energy, single = energy * update(of_scales), single * update(spans)
 
-    explained = of_scales[:_DIFFERENCES] @ energy
+    explained = _matmul(of_scales[:_DIFFERENCES], energy)
     caution = _CAUTION * jnp.clip(_ratio(single, explained), 0, 1e4)
     fraction = jnp.clip(_ratio(single, observed[:_DIFFERENCES]), 0, 1e4)
     energy = energy * _ratio(1.0, jnp.max(energy))
@@ -298,10 +300,10 @@ def _spectrum(
 
 def _least_squares(missing: Any, differences: Any, weights: Any, ridge: Any) -> Any:
     """The c that minimise sum_s w (missing - c . D)^2 + sum_a ridge_a |D_a|^2 c_a^2."""
-    squares = differences**2 @ weights
+    squares = _matmul(differences**2, weights)
     length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     unit = differences / length[:, None]
-    gram, b = (unit * weights) @ unit.T, (unit * weights) @ missing
+    gram, b = _matmul(unit * weights, unit.T), _matmul(unit * weights, missing)
     d0, d1, d2 = jnp.diagonal(gram) + ridge + (squares <= 0).astype(squares.dtype)
     l10, l20 = gram[1, 0] / d0, gram[2, 0] / d0
     d1 = d1 - l10 * gram[1, 0]
