@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import evodiff_jax as ed
 from evodiff_jax.grids import GRIDS
+from evodiff_jax.numerics import enable_x64
 from evodiff_jax.tables import append_denoising
 
 EDM = SCHEDULES["edm"]
@@ -281,7 +282,7 @@ def test_vp_and_ve_runs_of_one_problem_agree(x64):
 @given(log_scale=st.floats(-8, 8), shift=st.floats(-10, 10), seed=st.integers(0, 2**32 - 1))
 def test_the_coefficients_do_not_depend_on_units_origin_and_axes_of_the_data(log_scale, shift, seed):
     """Data, state and noise levels scaled alike, and rotated and shifted: the same problem."""
-    with ed.numerics.enable_x64():
+    with enable_x64():
         rng, scale = np.random.default_rng(seed), np.exp(log_scale)
         centers, noise = rng.normal(size=(5, 8)), 80 * rng.normal(size=(3, 8))
         rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
