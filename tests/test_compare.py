@@ -75,13 +75,13 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
         (solver, calls) for solver in ("evodiff", "ddim", "unipc-2") for calls in ("4", "6")
     ]
     for row in rows:
-        for figure in ("frechet", "kernel", "median", "worst_tenth"):
+        for figure in ("frechet", "kernel", "median", "worst_tenth", "rms"):
             assert float(row[f"{figure}_low"]) <= float(row[figure]) <= float(row[f"{figure}_high"])
     text = (folder / "out" / "report.md").read_text()
     errors = {(row["solver"], row["calls"]): float(row["median"]) for row in rows}
     peer = min(("ddim", "unipc-2"), key=lambda solver: errors[solver, "4"])
     ratio = errors["evodiff", "4"] / errors[peer, "4"]
-    (line,) = re.findall(r"### Ratio of the median .*\n\n.*\n.*\n\| mixture-2d \| (.*?) \|", text)
+    (line,) = re.findall(r"### Median trajectory error, ratio.*\n\n.*\n.*\n\| mixture-2d \| (.*?) \|", text)
     assert re.fullmatch(rf"\*?\*?{re.escape(f'{ratio:.3g}')}\*?\*? \(.*\) `{peer}`", line)
     assert "best grid" not in text  # there is but one
     assert "FID" in text
@@ -257,7 +257,7 @@ def test_the_packaged_classifier_judges_images_of_its_shape(folder):
 
 def result(solver, frechet, median=1.0, grid="a", calls=5, problem="p", blown_up=0):
     width = Estimate(frechet, frechet, frechet), Estimate(0.5, 0.304, 0.696), Estimate(median, median, median)
-    return Result(problem, grid, solver, calls, *width, Estimate(2, 2, 2), 10, blown_up)
+    return Result(problem, grid, solver, calls, *width, Estimate(2, 2, 2), Estimate(1, 1, 1), 10, blown_up)
 
 
 RESULTS = [
@@ -288,8 +288,8 @@ def test_every_solver_against_the_best_of_the_others():
         ("evodiff_reference", "b"),
     ]
     table = _report._standing_table(RESULTS, False)
-    assert "| `heun` | inf | inf | 1 | 1 | 2 | 3 of 20 |" in table
-    assert "| `evodiff` | 2 | 0.816 | 1 | 1 | 2 | 0 of 20 |" in table
+    assert "| `heun` | inf | inf | 1 | 1 | 1 | 1 | 2 | 3 of 20 |" in table
+    assert "| `evodiff` | 2 | 0.816 | 1 | 1 | 1 | 1 | 2 | 0 of 20 |" in table
 
 
 def test_wins_losses_and_the_mean_of_few_calls():
@@ -297,14 +297,16 @@ def test_wins_losses_and_the_mean_of_few_calls():
         return Ratio("p", "a", calls, figure, "heun", "b", Estimate(value, low, high))
 
     same = [ratio(5, 0.5, 0.4, 0.6), ratio(8, 2.0, 1.5, 3.0), ratio(10, 4.0, 0.9, 5.0), ratio(12, 0.9, 0.8, 1.0)]
-    text = _report.report("T", ["fact"], RESULTS, same, [], {"p": "the words"}, {"p": ["results/p.png"]})
+    floors = {"p": Estimate(0.25, 0.2, 0.3)}
+    text = _report.report("T", ["fact"], RESULTS, same, [], {"p": "the words"}, floors, {"p": ["results/p.png"]})
     assert "| Frechet distance | 1 | 1 | 2 | 4 (p, 10 calls, a, against `heun`) | 1 | 1.38 |" in text
     assert "| p | **0.5** (0.4 .. 0.6) `heun` | 2 (1.5 .. 3) `heun` | 4 (0.9 .. 5) `heun` |" in text
-    assert "- p: 10 samples, judged by the words." in text
+    assert "- p: 10 samples, judged by the words; the converged samples have" in text
+    assert "a Frechet distance of 0.25 (0.2 .. 0.3)." in text
     assert "![p](results/p.png)" in text
     assert "| `heun` | 0.5 ± 0.1 |" in text  # the kernel distance's standard error
     assert "| `evodiff` | 1 b |" in text  # on its best grid
-    none = _report.report("T", [], RESULTS, [], [], {"p": "the words"}, {})
+    none = _report.report("T", [], RESULTS, [], [], {"p": "the words"}, floors, {})
     assert "against the best peer" not in none
 
 

@@ -52,7 +52,8 @@ def test_figures_of_all_runs_and_what_they_mean(tmp_path):
         assert result.median.value == pytest.approx(np.quantile(errors, 0.5, method="higher"), rel=1e-5)
         assert result.worst_tenth.value == pytest.approx(np.quantile(errors, 0.9, method="higher"), rel=1e-5)
         assert result.frechet.value == pytest.approx(frechet_distance(x, DATA), rel=1e-5)
-        for estimate in (result.frechet, result.kernel, result.median, result.worst_tenth):
+        assert result.rms.value == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-5)
+        for estimate in (result.frechet, result.kernel, result.median, result.worst_tenth, result.rms):
             assert estimate.low <= estimate.value <= estimate.high
         assert result.blown_up == 0
     for name in CHOSEN:
@@ -97,7 +98,7 @@ def test_ratios_to_the_best_peer_of_every_figure(tmp_path):
     results = list(compare(problem(), GRIDS, [6, 10], tmp_path, CHOSEN, resamples=5))
     peers = ("ddim", "dpm_solver_pp", "heun")
     found = list(ratios(problem(), results, tmp_path, "evodiff", peers, resamples=50))
-    assert [(r.calls, r.figure) for r in found] == [(c, f) for c in (6, 10) for f in ("frechet", "median")]
+    assert [(r.calls, r.figure) for r in found] == [(c, f) for c in (6, 10) for f in ("frechet", "median", "rms")]
     for ratio in found:
         values = {r.solver: getattr(r, ratio.figure).value for r in results if r.calls == ratio.calls}
         assert ratio.peer == min(peers, key=values.__getitem__)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evodiff_jax.comparison._plots import picture, plot
 from evodiff_jax.comparison._report import REFERENCE, SUBJECT, report, write_csv
-from evodiff_jax.comparison._results import Ratio, Result, ratios
+from evodiff_jax.comparison._results import Ratio, Result, converged_distance, ratios
 from evodiff_jax.comparison._runs import Problem
 from evodiff_jax.files import write_atomically
 
@@ -55,7 +55,8 @@ def write_report(
         images[problem.name] = [name.relative_to(path.parent).as_posix() for name in made]
         written += made
     judged_by = {problem.name: problem.judged_by for problem, _ in compared}
-    text = report(title, facts, results, same, best, judged_by, images)
+    floors = {problem.name: converged_distance(problem, store) for problem, _ in compared}
+    text = report(title, facts, results, same, best, judged_by, floors, images)
     write_csv(written[1], results)
     write_atomically(path, lambda file: file.write(text.encode()))
     return written

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.comparison._report import FIGURES, REFERENCE, SUBJECT, geometric_mean, standings
+from evodiff_jax.comparison._report import FIGURES, REFERENCE, SUBJECT, ranking
 from evodiff_jax.comparison._results import Result
 from evodiff_jax.comparison._runs import Problem, converged
 from evodiff_jax.files import write_atomically
@@ -20,7 +20,7 @@ _OWN = {SUBJECT: "tab:red", REFERENCE: "tab:orange"}
 _PEERS = ("tab:blue", "tab:green", "tab:purple")
 _REST = "0.8"
 _COLUMNS = 10
-_COLOURS = 128  # of a file
+_COLOURS = 256  # of a file
 _PADDING = 2
 _LABEL = 132  # pixels
 
@@ -32,10 +32,8 @@ def check_plots() -> None:
 
 
 def best_peers(results: Sequence[Result], count: int) -> list[str]:
-    """The solvers with the smallest ratios to the best of all others, in both figures and all runs; not ours."""
-    found = {figure: standings(results, figure) for figure in ("frechet", "median")}
-    peers = [solver for solver in found["frechet"] if solver not in _OWN]
-    return sorted(peers, key=lambda solver: geometric_mean(found["frechet"][solver] + found["median"][solver]))[:count]
+    """The solvers with the smallest ratios to the best of all others, in all figures and runs; not ours."""
+    return [solver for solver in ranking(results) if solver not in _OWN][:count]
 
 
 def plot(path: Path, results: Sequence[Result]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evodiff_jax.comparison._results import Ratio, Result, best_grids
+from evodiff_jax.comparison._results import RANKED, Ratio, Result, best_grids
 from evodiff_jax.files import write_atomically
 from evodiff_jax.metrics import Estimate
 
@@ -18,8 +18,8 @@ FIGURES = {
     "kernel": "Kernel distance",
     "median": "Median trajectory error",
     "worst_tenth": "90th percentile of the trajectory error",
+    "rms": "Root mean square trajectory error",
 }
-_RANKED = {"frechet": "Frechet distance", "median": "median trajectory error"}
 _FEW = range(5, 9)
 
 _READING = """\
@@ -58,6 +58,7 @@ def report(
     same: Sequence[Ratio],
     best: Sequence[Ratio],
     judged_by: Mapping[str, str],
+    floors: Mapping[str, Estimate],
     pictures: Mapping[str, Sequence[str]],
 ) -> str:
     """The whole document: what was run, how evodiff and all others stand, and every figure.
@@ -69,12 +70,17 @@ def report(
       same: ratios of evodiff to the best peer on the same grid.
       best: the same with every solver on its best grid.
       judged_by: by problem, the features and data in words.
+      floors: by problem, the Frechet distance of the converged samples.
       pictures: by problem, addresses of plots and pictures relative to the document.
 
     Returns:
       Markdown.
     """
-    models = [f"- {name}: {_samples(results, name):,} samples, judged by {words}." for name, words in judged_by.items()]
+    models = [
+        f"- {name}: {_samples(results, name):,} samples, judged by {words}; the converged samples have "
+        f"a Frechet distance of {_cell(floors[name])}."
+        for name, words in judged_by.items()
+    ]
     parts = [f"# {title}", "\n".join([f"- {fact}" for fact in facts] + models), _READING]
     for heading, compared in (("on the same grid", same), ("every solver on its best grid", best)):
         if compared:
@@ -105,6 +111,12 @@ def standings(results: Iterable[Result], figure: str, best_grid: bool = False) -
     return found
 
 
+def ranking(results: Sequence[Result], best_grid: bool = False) -> list[str]:
+    """The solvers by the geometric mean of their ratios to the best of the others, over all figures and runs."""
+    ratios = [standings(results, figure, best_grid) for figure in RANKED]
+    return sorted(ratios[0], key=lambda solver: geometric_mean([value for of in ratios for value in of[solver]]))
+
+
 def _ratio(value: float, other: float) -> float:
     if not math.isfinite(value):
         return math.inf
@@ -118,25 +130,24 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def _standing_table(results: Sequence[Result], best_grid: bool) -> str:
-    ratios = {figure: standings(results, figure, best_grid) for figure in _RANKED}
-    order = sorted(ratios["frechet"], key=lambda s: geometric_mean(ratios["frechet"][s] + ratios["median"][s]))
+    ratios = {figure: standings(results, figure, best_grid) for figure in RANKED}
     rows = []
-    for solver in order:
+    for solver in ranking(results, best_grid):
         row, mine = [f"`{solver}`"], [r for r in results if r.solver == solver]
-        for figure in _RANKED:
+        for figure in RANKED:
             values = ratios[figure][solver]
             row += [_number(max(values, default=math.nan)), _number(geometric_mean(values))]
         blown_up, samples = sum(r.blown_up for r in mine), sum(r.samples for r in mine)
         rows.append([*row, str(len(ratios["frechet"][solver])), f"{blown_up:,} of {samples:,}"])
     header = ["solver"]
-    for name in ("Frechet", "error"):
+    for name in ("Frechet", "median", "RMS"):
         header += [f"worst {name} ratio", "geometric mean"]
     return _table([*header, "ratios", "blown up samples"], rows)
 
 
 def _tally_table(compared: Sequence[Ratio]) -> str:
     rows = []
-    for figure, name in _RANKED.items():
+    for figure in RANKED:
         cells = [r for r in compared if r.figure == figure]
         if not cells:
             continue
@@ -146,7 +157,7 @@ def _tally_table(compared: Sequence[Ratio]) -> str:
         few = geometric_mean([r.ratio.value for r in cells if r.calls in _FEW])
         every = geometric_mean([r.ratio.value for r in cells])
         ties = len(cells) - wins - losses
-        row = [name, str(wins), str(losses), str(ties), f"{_number(worst.ratio.value)} ({where})"]
+        row = [FIGURES[figure], str(wins), str(losses), str(ties), f"{_number(worst.ratio.value)} ({where})"]
         rows.append([*row, _number(few), _number(every)])
     header = ["ratio of", "wins", "losses", "ties", "worst"]
     return _table([*header, "geometric mean, 5 to 8 calls", "all calls"], rows)
@@ -155,12 +166,13 @@ def _tally_table(compared: Sequence[Ratio]) -> str:
 def _ratio_tables(compared: Sequence[Ratio], one_grid: bool) -> list[str]:
     """A table a figure and grid, or a figure alone with the grids in its cells; wins are bold."""
     parts = []
-    for figure, name in _RANKED.items():
+    for figure in RANKED:
         of_figure = [r for r in compared if r.figure == figure]
         for grid in ("",) if one_grid else dict.fromkeys(r.grid for r in of_figure):
             chosen = [r for r in of_figure if grid in ("", r.grid)]
             cells = {(f"{r.problem}", r.calls): _ratio_cell(r, one_grid) for r in chosen}
-            title = f"### Ratio of {'each best' if one_grid else 'the'} {name}{'' if one_grid else f', {grid} grid'}"
+            where = "every solver on its best grid" if one_grid else f"{grid} grid"
+            title = f"### {FIGURES[figure]}, ratio, {where}"
             parts += [title, _grid("model", cells)]
     return parts
 
@@ -176,7 +188,7 @@ def _model_section(name: str, results: Sequence[Result], pictures: Iterable[str]
     for figure, title in FIGURES.items():
         best = {(f"`{r.solver}`", r.calls): _best_cell(getattr(r, figure), r.grid) for r in best_grids(results, figure)}
         grids = dict.fromkeys(r.grid for r in results)
-        tables = [("every solver on its best grid", best)] if len(grids) > 1 and figure in _RANKED else []
+        tables = [("every solver on its best grid", best)] if len(grids) > 1 and figure in RANKED else []
         for grid in grids:
             rows = [r for r in results if r.grid == grid]
             cell = _kernel_cell if figure == "kernel" else _cell

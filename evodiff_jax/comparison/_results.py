@@ -20,6 +20,7 @@ from evodiff_jax.metrics import (
 )
 from evodiff_jax.tables import Solver
 
+RANKED = ("frechet", "median", "rms")  # the figures that solvers are compared by
 _INFINITE = Estimate(np.inf, np.inf, np.inf)
 
 
@@ -35,6 +36,7 @@ class Result(NamedTuple):
       kernel: the kernel distance, with an interval of 1.96 standard errors.
       median: the median over samples of the trajectory error.
       worst_tenth: its 90th percentile.
+      rms: its root mean square, in which the few samples that end elsewhere weigh most.
       samples: the number of samples.
       blown_up: the number of them that are not finite.
     """
@@ -47,6 +49,7 @@ class Result(NamedTuple):
     kernel: Estimate
     median: Estimate
     worst_tenth: Estimate
+    rms: Estimate
     samples: int
     blown_up: int
 
@@ -62,7 +65,7 @@ class Ratio(NamedTuple):
       problem: the problem's name.
       grid: the grid's name.
       calls: the number of model calls of a sample.
-      figure: "frechet" or "median", as in `Result`.
+      figure: "frechet", "median" or "rms", as in `Result`.
       peer: the name of the best peer.
       peer_grid: the name of its grid.
       ratio: below 1 where the solver is better.
@@ -119,7 +122,13 @@ def compare(
 
         x = stored(path, make)
         blown_up = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
-        yield Result(problem.name, run.grid, run.solver, run.calls, *judge.figures_of(x), len(x), blown_up)
+        figures = *judge.distances_of(x), *judge.errors_of(x)
+        yield Result(problem.name, run.grid, run.solver, run.calls, *figures, len(x), blown_up)
+
+
+def converged_distance(problem: Problem, folder: Path, resamples: int = 100) -> Estimate:
+    """The Frechet distance of the converged samples themselves, which a better solver does not lower."""
+    return _Judge(problem, folder, resamples).distances_of(converged(problem, folder))[0]
 
 
 def best_grids(results: Iterable[Result], figure: str) -> list[Result]:
@@ -153,12 +162,12 @@ def ratios(
       best_grid: compare every solver on the grid where its figure is smallest, not all on the same.
 
     Yields:
-      For every grid (one if `best_grid`) and number of calls that `solver` and a peer have taken the ratio of Frechet
-      distances, then that of median trajectory errors, with intervals from the same rows of both.
+      For every grid (one if `best_grid`) and number of calls that `solver` and a peer have taken the ratio of each
+      figure, with intervals from the same rows of both.
     """
     results = [r for r in results if r.problem == problem.name]
     judge = _Judge(problem, folder, resamples)
-    rows = {figure: best_grids(results, figure) if best_grid else results for figure in ("frechet", "median")}
+    rows = {figure: best_grids(results, figure) if best_grid else results for figure in RANKED}
     order = [(None if best_grid else r.grid, r.calls) for r in rows["median"] if r.solver == solver]
 
     for grid, calls in order:
@@ -195,22 +204,32 @@ class _Judge:
     def _kernel(self) -> Callable[[np.ndarray], tuple[float, float]]:
         return kernel_distance_to(self._problem.data)
 
-    def figures_of(self, x: np.ndarray) -> tuple[Estimate, Estimate, Estimate, Estimate]:
-        """Frechet and kernel distance, infinite with a sample that is not finite; median and 90th percentile."""
+    def distances_of(self, x: np.ndarray) -> tuple[Estimate, Estimate]:
+        """Frechet and kernel distance, infinite with a sample that is not finite."""
 
         def compute() -> np.ndarray:
-            errors = trajectory_errors(x, self._exact)
-            quantiles = [self._bootstrap(lambda rows, q=q: _quantile(errors[rows], q)) for q in (0.5, 0.9)]
             if not np.isfinite(x).all():
-                return np.ravel([_INFINITE, _INFINITE, *quantiles])
+                return np.ravel([_INFINITE, _INFINITE])
             found = self._problem.features(x)
             frechet = self._bootstrap(lambda rows: self._frechet(found[rows]), centered=True)
             value, error = self._kernel(found)
-            return np.ravel([frechet, (value, value - 1.96 * error, value + 1.96 * error), *quantiles])
+            return np.ravel([frechet, (value, value - 1.96 * error, value + 1.96 * error)])
 
-        values = self._known.get(f"figures {self._resamples}", [x], compute)
-        frechet, kernel, median, worst_tenth = (Estimate(*values[i : i + 3]) for i in range(0, 12, 3))
-        return frechet, kernel, median, worst_tenth
+        values = self._known.get(f"distances {self._resamples}", [x], compute)
+        return Estimate(*values[:3]), Estimate(*values[3:])
+
+    def errors_of(self, x: np.ndarray) -> tuple[Estimate, Estimate, Estimate]:
+        """The median, 90th percentile and root mean square of the trajectory error."""
+
+        def compute() -> np.ndarray:
+            errors = trajectory_errors(x, self._exact)
+            worst_tenth = functools.partial(_quantile, q=0.9)
+            return np.ravel(
+                [self._bootstrap(lambda rows, of=of: of(errors[rows])) for of in (_quantile, worst_tenth, _rms)]
+            )
+
+        values = self._known.get(f"errors {self._resamples}", [x], compute)
+        return Estimate(*values[:3]), Estimate(*values[3:6]), Estimate(*values[6:])
 
     def ratio_of(self, x: np.ndarray, other: np.ndarray, figure: str) -> Estimate:
         """The figure of samples over that of others, from the same rows of both."""
@@ -219,7 +238,8 @@ class _Judge:
             if figure == "frechet":
                 a, b, statistic = self._problem.features(x), self._problem.features(other), self._frechet
             else:
-                a, b, statistic = *(trajectory_errors(of, self._exact) for of in (x, other)), _quantile
+                a, b = (trajectory_errors(of, self._exact) for of in (x, other))
+                statistic = _rms if figure == "rms" else _quantile
             return bootstrap_ratio(
                 lambda rows: statistic(a[rows]),
                 lambda rows: statistic(b[rows]),
@@ -236,3 +256,7 @@ class _Judge:
 
 def _quantile(errors: np.ndarray, q: float = 0.5) -> float:
     return float(np.quantile(errors, q, method="higher"))
+
+
+def _rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
