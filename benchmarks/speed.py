@@ -7,14 +7,16 @@
 2. What a solver adds to a model call, with the identity for a network, and the same in units of moving 11 arrays of
    the state at the copy bandwidth measured in the same rounds: on a CPU that of one thread, which more cores than one
    can exceed, and that of a thread a core.
-3. The same for PyTorch peers, on a CPU and where torch and diffusers can be imported: the `step` of diffusers'
+3. Where EVODiff's time goes: what a run gains without its rule, and without the distances of outputs too; and how long
+   NumPy takes to sum arrays of as many elements, which it reads once, on one thread.
+4. The overhead of PyTorch peers, on a CPU and where torch and diffusers can be imported: the `step` of diffusers'
    schedulers, and EVODiff's own release where --released is its evodiff.py (code_demo/edm_cifar10/samplers in
    github.com/ShiguiLi/EVODiff, with utils.py beside it; the file is executed). The release takes states of four axes
    with the channels second: the same elements are given to it so. It divides 0 by 0 for the identity, and NaN
    took it a third longer; so its predictions are three random arrays in turn, which cost nothing.
-4. The packaged U-Net: sampling 16 images in 10 steps over 10 calls of the jitted network.
-5. Seconds to trace and compile, and the size of the program, against the number of steps.
-6. Temporary memory of samplers and of gradients, in states.
+5. The packaged U-Net: sampling 16 images in 10 steps over 10 calls of the jitted network.
+6. Seconds to trace and compile, and the size of the program, against the number of steps.
+7. Temporary memory of samplers and of gradients, in states.
 
 The peers need an environment of their own, and pip: other installers may choose a build of torch for another device.
 
@@ -43,6 +45,7 @@ import numpy as np
 
 import evodiff_jax as ed
 from evodiff_jax import models, solvers
+from evodiff_jax.tables import Coefficients
 
 Turn = Callable[[], float]
 
@@ -50,7 +53,7 @@ STATES = ((64, 32, 32, 3), (256, 32, 32, 3), (4, 64, 64, 4, 16))
 CALLS = 20
 COPIES = 200
 ARRAYS_MOVED = 11
-ARRAYS_KEPT = 4
+ARRAYS_KEPT = 5
 CORES = os.cpu_count() or 1
 SCHEDULE = ed.schedules.edm()
 SOLVERS = {
@@ -59,7 +62,6 @@ SOLVERS = {
     "dpm_solver_pp": solvers.dpm_solver_pp(2),
     "unipc": solvers.unipc(2),
 }
-FORMS = {**SOLVERS, "evodiff(channel_axis=None)": solvers.evodiff(channel_axis=None)}
 
 
 class Peer(NamedTuple):
@@ -155,7 +157,7 @@ def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
         x = noise(shape)
         copies = copying(x)
         turns = dict(copies)
-        for name, solver in FORMS.items():
+        for name, solver in SOLVERS.items():
             run = identity_sampler(x, solver)
             turns[name] = lambda run=run, x=x: seconds(lambda: run(x))
         for peer in peers:
@@ -163,7 +165,7 @@ def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
         found = medians(turns, rounds)
         per_call = {name: value / (COPIES if name in copies else CALLS) for name, value in found.items()}
         copiers = [f"in units of {ARRAYS_MOVED} arrays by {who}" for who in copies]
-        for name in FORMS:
+        for name in SOLVERS:
             units = [f"{per_call[name] / (per_call[who] * ARRAYS_MOVED / 2):.2f}" for who in copies]
             ours.append((title(shape), f"`{name}`", f"{per_call[name] * 1e3:.3f}", *units))
         for peer in peers:
@@ -178,6 +180,35 @@ def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
     else:
         print(f"\n### PyTorch peers, {CALLS} calls, {CORES} threads\n")
         print_table(("state", "peer", "ms a call", "ours", "ms a call", "peer / ours"), theirs)
+
+
+def print_parts(rounds: int) -> None:
+    """Where the time of evodiff goes, by leaving parts out."""
+
+    def constant(measured: bool) -> Callable[[Any, Any, Any], Any]:
+        def rule(row: Any, gram: Any, memory: Any) -> Any:
+            slots = len(gram.norms)
+            of_gram = sum((gram.distance(0, i) for i in range(1, slots)), gram.norms[0]) if measured else 0.0
+            c = (row.outputs * 1e-3 + 1e-30 * of_gram,) * slots
+            return Coefficients(c, c, {}), memory
+
+        return rule
+
+    evodiff, rows = SOLVERS["evodiff"], []
+    forms = {"all": evodiff, **{name: evodiff._replace(rule=constant(name == "rule")) for name in ("rule", "gram")}}
+    for shape in STATES:
+        x = noise(shape)
+        outputs = np.zeros((ARRAYS_KEPT, *shape), np.float32)
+        turns: dict[str, Turn] = {"sum": lambda outputs=outputs: seconds(lambda: [a.sum() for a in outputs])}
+        for name, form in forms.items():
+            run = identity_sampler(x, form)
+            turns[name] = lambda run=run, x=x: seconds(lambda: run(x))
+        found = medians(turns, rounds)
+        whole, no_rule, no_gram = (found[name] / CALLS for name in forms)
+        parts = (whole - no_rule, no_rule - no_gram, no_gram, found["sum"])
+        rows.append((title(shape), *(f"{part * 1e3:.3f}" for part in parts)))
+    print("\n### The parts of `evodiff`, ms a call\n")
+    print_table(("state", "rule", "distances", "the rest", f"NumPy's sum of {ARRAYS_KEPT} states"), rows)
 
 
 def diffusers_peers() -> list[Peer]:
@@ -316,7 +347,7 @@ def deep(x: jax.Array, t: jax.Array) -> jax.Array:
 def print_memory(step_counts: Sequence[int]) -> None:
     """Peak temporary memory of the compiled sampler and of its gradient."""
     x = noise(STATES[1])
-    rows = [(f"`{name}`", temporary(identity_sampler(x, solver), x.nbytes)) for name, solver in FORMS.items()]
+    rows = [(f"`{name}`", temporary(identity_sampler(x, solver), x.nbytes)) for name, solver in SOLVERS.items()]
     print(f"\n### Temporary memory in states, identity network, {title(STATES[1])}, {CALLS} calls\n")
     print_table(("solver", "states"), rows)
 
@@ -351,6 +382,7 @@ def main() -> None:
         peers.append(released_peer(args.released))
     print_machine(rounds)
     print_overhead(rounds, peers)
+    print_parts(rounds)
     print_end_to_end(3 if args.quick else 15)
     print_compilation((5, 100) if args.quick else (5, 10, 20, 50, 100))
     print_memory((10, 100) if args.quick else (10, 30, 100))
