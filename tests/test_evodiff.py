@@ -192,6 +192,22 @@ def test_a_channel_on_which_the_model_is_zero_stays_finite(make, channel_axis):
     chex.assert_tree_all_finite(jax.grad(lambda x: jnp.sum(run(x)))(x_T))
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_steps_that_grow_long_are_not_extrapolated_into(steps):
+    schedule = ed.schedules.edm()
+    denoise = ed.denoisers.gaussian_mixture(np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.3, schedule)
+    x_T = schedule.t_max * jax.random.normal(jax.random.key(0), (200, 64))
+    exact = ed.sample(denoise, x_T, ed.grids.log_snr(schedule, 300), schedule, ed.solvers.unipc(3))
+    times = ed.grids.karras(schedule, steps)  # the last step is half as long again as the one before
+
+    def errors(solver):
+        return jnp.sqrt(jnp.mean((ed.sample(denoise, x_T, times, schedule, solver) - exact) ** 2, axis=1))
+
+    ours, theirs = errors(ed.solvers.evodiff()), errors(ed.solvers.dpm_solver_pp(2))
+    assert jnp.median(ours) < 1.15 * jnp.median(theirs)
+    assert jnp.mean(ours**2) < 1.15**2 * jnp.mean(theirs**2)
+
+
 @pytest.mark.parametrize("steps", [5, 8, 12])
 def test_a_run_from_alpha_zero_to_sigma_zero_is_better_than_ddim(steps, x64):
     x_T = initial_state(FLOW, (32, 4, 4, 2), jnp.float64)

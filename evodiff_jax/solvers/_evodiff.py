@@ -18,8 +18,8 @@ one number: twelve scales are sampled beside the state, by the same coefficients
    where x_s is the run of scale s, errors made so far included, x_s* its exact solution, E_a the energy of D_a and c*
    the second-order rule that corrects with m linear in lambda = -log kappa and predicts with m linear in kappa, whose
    extrapolation stays bounded however long the step: a least-squares problem of three unknowns. eps^2 is the part of
-   every difference that the model is not trusted with; in a step longer than the one before, eps grows with the square
-   of their ratio.
+   every difference that the model is not trusted with; in a step longer than the one before, eps grows with the power
+   2 max(h, 1) of their ratio, h the step's length in lambda.
 
 For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
 minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
@@ -55,6 +55,7 @@ _UPDATES = 2
 _UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
+_MOST = math.log(1e3)  # eps grows by so much at most: c is c* long before
 _FAR = math.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
 _TINY = 1e-3  # 1 / (2 zeta) in a trace is at least this
 
@@ -168,6 +169,7 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
     exact = xp.sqrt(1 + (kappa[:, None] / scales) ** 2)  # x_s*, in units of the data along its direction
     linear = quadrature.exponential_moments(-h, 2)[1]  # the mean over a step of (lambda - lambda_0) / h
     fall = h * quadrature.phi(2, h) / quadrature.phi(1, h)  # the mean over a step of 1 - kappa / kappa_0
+    growth = 2 * xp.maximum(h, 1.0) * xp.log(xp.maximum(h / h[before], 1.0))
     of_rows = lambda values: xp.broadcast_to(values, (h.shape[0], _SCALES))  # noqa: E731
 
     ratio, amplitude = xp.exp(-h), steps.amplitude
@@ -179,7 +181,7 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
         prior=of_rows(scales / scales[-1]),
         outputs=xp.ones_like(h) * index,
         ratio=h[np.maximum(index - 2, 0)] / h[before],
-        ridge=xp.where(index == 1, _RIDGE_FIRST, _RIDGE_PREDICTOR) * xp.maximum(h / h[before], 1.0) ** 2,
+        ridge=xp.where(index == 1, _RIDGE_FIRST, _RIDGE_PREDICTOR) * xp.exp(xp.minimum(growth, _MOST)),
     )
     zero = xp.zeros_like(h)
     to_data = (index == index[-1]) & (levels.sigma[-1] == 0)
