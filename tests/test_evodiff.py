@@ -185,11 +185,8 @@ def test_a_channel_on_which_the_model_is_zero_stays_finite(make, channel_axis):
     def masked(x, t):
         return mixture(EDM)(x, t) * jnp.array([1.0, 0.0], x.dtype)
 
-    def run(x):
-        return ed.sample(masked, x, times, EDM, make(channel_axis))
-
-    chex.assert_tree_all_finite(run(x_T))
-    chex.assert_tree_all_finite(jax.grad(lambda x: jnp.sum(run(x)))(x_T))
+    run = jax.value_and_grad(lambda x: jnp.sum(ed.sample(masked, x, times, EDM, make(channel_axis))))
+    chex.assert_tree_all_finite(jax.jit(run)(x_T))
 
 
 @pytest.mark.parametrize("steps", [5, 6])
@@ -331,15 +328,16 @@ def test_coefficients_are_chosen_for_channels_or_for_samples(solver):
         return ed.sample_with_trace(model, x, times, EDM, make(channel_axis))[1]
 
     assert make().channel_axis == (None if solver.name == "evodiff" else -1)
-    assert trace(-1, x_T, mixture(EDM)).zeta.shape == (4, 3, 2)
-    assert trace(None, x_T, mixture(EDM)).zeta.shape == (4, 3)
+    of_channels, of_samples = (trace(channel_axis, x_T, mixture(EDM)) for channel_axis in (-1, None))
+    assert of_channels.zeta.shape == (4, 3, 2)
+    assert of_samples.zeta.shape == (4, 3)
 
     def swapped(x, t):
         return jnp.moveaxis(mixture(EDM)(jnp.moveaxis(x, 1, -1), t), -1, 1)
 
     chex.assert_trees_all_close(
         trace(1, jnp.moveaxis(x_T, -1, 1), swapped).states[-1],
-        jnp.moveaxis(trace(-1, x_T, mixture(EDM)).states[-1], -1, 1),
+        jnp.moveaxis(of_channels.states[-1], -1, 1),
         atol=1e-4,
     )
     # A vector has no channels: one choice a sample, whatever is asked for.
@@ -348,10 +346,9 @@ def test_coefficients_are_chosen_for_channels_or_for_samples(solver):
     def flattened(x, t):
         return mixture(EDM)(x.reshape(x_T.shape), t).reshape(x.shape)
 
-    assert trace(-1, flat, flattened).zeta.shape == (4, 3)
-    chex.assert_trees_all_close(
-        trace(-1, flat, flattened).states[-1], trace(None, x_T, mixture(EDM)).states[-1].reshape(3, -1), atol=1e-4
-    )
+    of_vectors = trace(-1, flat, flattened)
+    assert of_vectors.zeta.shape == (4, 3)
+    chex.assert_trees_all_close(of_vectors.states[-1], of_samples.states[-1].reshape(3, -1), atol=1e-4)
 
 
 # ---- the trace and the table
