@@ -20,10 +20,10 @@
 
 The peers need an environment of their own, and pip: other installers may choose a build of torch for another device.
 
-    python3 -m venv /tmp/torchenv
-    /tmp/torchenv/bin/pip install torch==2.13.0
-    /tmp/torchenv/bin/pip install diffusers -e .
-    /tmp/torchenv/bin/python benchmarks/speed.py --released /path/to/samplers/evodiff.py
+    python3 -m venv ../torchenv
+    ../torchenv/bin/pip install torch==2.13.0
+    ../torchenv/bin/pip install diffusers -e .
+    ../torchenv/bin/python benchmarks/speed.py --released ../EVODiff/code_demo/edm_cifar10/samplers/evodiff.py
 """
 
 import argparse

@@ -111,10 +111,12 @@ def standings(results: Iterable[Result], figure: str, best_grid: bool = False) -
     return found
 
 
-def ranking(results: Sequence[Result], best_grid: bool = False) -> list[str]:
-    """The solvers by the geometric mean of their ratios to the best of the others, over all figures and runs."""
-    ratios = [standings(results, figure, best_grid) for figure in RANKED]
-    return sorted(ratios[0], key=lambda solver: geometric_mean([value for of in ratios for value in of[solver]]))
+def ranking(results: Sequence[Result], best_grid: bool = False) -> dict[str, dict[str, list[float]]]:
+    """By solver and figure the ratios of `standings`, the solver with the smallest geometric mean of them all first."""
+    ratios = {figure: standings(results, figure, best_grid) for figure in RANKED}
+    of_solvers = {solver: {figure: ratios[figure][solver] for figure in RANKED} for solver in ratios[RANKED[0]]}
+    mean = lambda solver: geometric_mean([value for values in of_solvers[solver].values() for value in values])  # noqa: E731
+    return {solver: of_solvers[solver] for solver in sorted(of_solvers, key=mean)}
 
 
 def _ratio(value: float, other: float) -> float:
@@ -130,15 +132,13 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def _standing_table(results: Sequence[Result], best_grid: bool) -> str:
-    ratios = {figure: standings(results, figure, best_grid) for figure in RANKED}
     rows = []
-    for solver in ranking(results, best_grid):
+    for solver, ratios in ranking(results, best_grid).items():
         row, mine = [f"`{solver}`"], [r for r in results if r.solver == solver]
-        for figure in RANKED:
-            values = ratios[figure][solver]
+        for values in ratios.values():
             row += [_number(max(values, default=math.nan)), _number(geometric_mean(values))]
         blown_up, samples = sum(r.blown_up for r in mine), sum(r.samples for r in mine)
-        rows.append([*row, str(len(ratios["frechet"][solver])), f"{blown_up:,} of {samples:,}"])
+        rows.append([*row, str(len(ratios["frechet"])), f"{blown_up:,} of {samples:,}"])
     header = ["solver"]
     for name in ("Frechet", "median", "RMS"):
         header += [f"worst {name} ratio", "geometric mean"]
