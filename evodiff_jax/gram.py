@@ -22,10 +22,13 @@ class Gram(NamedTuple):
     Attributes:
       norms: (N_0, ..., N_K).
       distances: distances[i][j - i - 1] = D_ij for i < j.
+      noise: <x / alpha - m_0, m_0 - m_1>, x the state that the model was called with: the noise in it along the newest
+        difference. None where no rule asks for it.
     """
 
     norms: tuple[Any, ...]
     distances: tuple[tuple[Any, ...], ...]
+    noise: Any = None
 
     def distance(self, i: int, j: int) -> Any:
         """The squared distance D_ij of outputs i and j."""
@@ -44,54 +47,67 @@ class Gram(NamedTuple):
         return (of_norms - of_distances) / 2
 
 
-def initial(shape: tuple[int, ...], memory: int, dtype: Any) -> Gram:
-    """The Gram of 1 + `memory` outputs that are all zero."""
+def initial(shape: tuple[int, ...], memory: int, dtype: Any, noise: bool) -> Gram:
+    """The Gram of 1 + `memory` outputs that are all zero, with or without the `noise` of one."""
     zero = jnp.zeros(shape, dtype)
-    return Gram((zero,) * (memory + 1), tuple((zero,) * (memory - i) for i in range(memory)))
+    distances = tuple((zero,) * (memory - i) for i in range(memory))
+    return Gram((zero,) * (memory + 1), distances, zero if noise else None)
 
 
-def measure(newest: jax.Array, outputs: jax.Array, axes: tuple[int, ...], dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The squared norm of a new output and its squared distances from all outputs.
+class Measured(NamedTuple):
+    """What a new output adds to a Gram.
+
+    Attributes:
+      norm: its squared norm.
+      distances: (K + 1, ...), its squared distances from all outputs in the order of their slots, one of them zero.
+      noise: the Gram's new `noise`, or None.
+    """
+
+    norm: jax.Array
+    distances: jax.Array
+    noise: jax.Array | None
+
+
+def measure(
+    newest: jax.Array, outputs: jax.Array, ages: jax.Array, x: jax.Array | None, axes: tuple[int, ...], dtype: Any
+) -> Measured:
+    """The sums that a new output needs.
 
     Args:
       newest: (B, ...), the new output.
-      outputs: (K + 1, B, ...), the outputs, the new one among them, in any order.
+      outputs: (K + 1, B, ...), the outputs, the new one among them, in slots.
+      ages: (K + 1,), the ages of the outputs, 0 for the newest: slot s is (i - s) mod (K + 1) rows old after i rows.
+      x: (B, ...), x / alpha, or None where its noise is not needed.
       axes: the axes of `newest` that inner products run over.
       dtype: the dtype to compute in.
-
-    Returns:
-      The norm, and the distances with a leading axis of K + 1, one of them zero.
     """
     newest = newest.astype(dtype)
     # All distances in one reduction: picking slots out first would copy them.
-    distances = _sum_of_squares(newest[None] - outputs.astype(dtype), axes)
-    return _sum_of_squares(newest[None], axes)[0], distances
+    distances = _sums(jnp.square(newest[None] - outputs.astype(dtype)), axes)
+    noise = None
+    if x is not None:
+        before = outputs[ages[1]].astype(dtype)  # the permutation is its own inverse
+        noise = _sums(((x.astype(dtype) - newest) * (newest - before))[None], axes)[0]
+    return Measured(_sums(jnp.square(newest)[None], axes)[0], distances, noise)
 
 
-def push(gram: Gram, norm: jax.Array, distances: jax.Array, ages: jax.Array) -> Gram:
-    """The Gram after a new output has replaced the oldest one.
-
-    Args:
-      gram: the Gram before.
-      norm: the squared norm of the new output.
-      distances: (K + 1, ...), its squared distances from all outputs, in any order.
-      ages: (K + 1,), their ages, 0 for the newest: output s is (i - s) mod (K + 1) rows old after i rows.
-    """
-    by_age = distances[ages]  # the permutation is its own inverse
+def push(gram: Gram, new: Measured, ages: jax.Array) -> Gram:
+    """The Gram after a new output has replaced the oldest one; `ages` as for `measure`."""
+    by_age = new.distances[ages]
     kept = tuple(row[:-1] for row in gram.distances[:-1])
-    return Gram((norm, *gram.norms[:-1]), (tuple(by_age[1:]), *kept))
+    return Gram((new.norm, *gram.norms[:-1]), (tuple(by_age[1:]), *kept), new.noise)
 
 
-def _sum_of_squares(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sums of squares over `axes` of each array (B, ...) stacked in `x`."""
+def _sums(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sums over `axes` of each array (B, ...) stacked in `x`."""
     if not axes or axes != tuple(range(1, x.ndim - 2)):
-        return jnp.sum(jnp.square(x), axis=[axis + 1 for axis in axes])
+        return jnp.sum(x, axis=[axis + 1 for axis in axes])
     # A few channels last: XLA's CPU code for a reduction that keeps them is scalar. Reducing to rows wide enough for
     # vectors first is several times faster; the barrier keeps XLA from merging the two sums again.
     count, batch, *spatial, channels = x.shape
     size = math.prod(spatial)
     width = next(w for w in range(min(size, _ROW), 0, -1) if size % w == 0)
-    rows = jnp.sum(jnp.square(x.reshape(count, batch, size // width, width * channels)), axis=2)
+    rows = jnp.sum(x.reshape(count, batch, size // width, width * channels), axis=2)
     return jnp.sum(jax.lax.optimization_barrier(rows).reshape(count, batch, width, channels), axis=2)
 
 

@@ -61,7 +61,7 @@ def start(x: State, plan: Plan, key: jax.Array | None) -> Carry:
         for leaf in leaves if plan.per_leaf else leaves[:1]:
             axes = grams.reduced_axes(leaf.shape, plan.channel_axis)
             kept = tuple(n for axis, n in enumerate(leaf.shape) if axis not in axes)
-            initial = (*initial, grams.initial(kept, slots - 1, widest(leaves)))
+            initial = (*initial, grams.initial(kept, slots - 1, widest(leaves), plan.table.alpha is not None))
             memories = (*memories, jnp.zeros((*kept, plan.memory), widest(leaves)))
     return Carry(x, outputs, initial, memories, jnp.zeros((), jnp.int32), key if plan.table.noise is not None else None)
 
@@ -88,7 +88,7 @@ def advance(plan: Plan, carry: Carry, row: Table, m: State) -> tuple[Carry, Row]
         written = zip(jax.tree.leaves(carry.outputs), ys, strict=True)
         rings = [jax.lax.dynamic_update_index_in_dim(ring, y, carry.row % slots, 0) for ring, y in written]
 
-    gram, memories, chosen = _choose(plan, carry, row, ys, rings, ages)
+    gram, memories, chosen = _choose(plan, carry, row, xs, ys, rings, ages)
     key, draws = carry.key, (None,) * len(xs)
     if row.noise is not None and key is not None:
         key, draw = jax.random.split(key)
@@ -129,19 +129,20 @@ def for_state(plan: Plan, x_T: State, key: jax.Array | None) -> Plan:
 
 
 def _choose(
-    plan: Plan, carry: Carry, row: Table, ys: list[Any], rings: list[Any], ages: jax.Array
+    plan: Plan, carry: Carry, row: Table, xs: list[Any], ys: list[Any], rings: list[Any], ages: jax.Array
 ) -> tuple[tuple[Gram, ...], tuple[jax.Array, ...], tuple[Coefficients, ...]]:
     """The new Grams, what the rule keeps, and what it makes of each; nothing without a rule."""
     if plan.rule is None:
         return (), (), ()
     dtype = carry.grams[0].norms[0].dtype
-    measured = [
-        grams.measure(y, ring, grams.reduced_axes(y.shape, plan.channel_axis), dtype)
-        for y, ring in zip(ys, rings, strict=True)
-    ]
+    measured = []
+    for x, y, ring in zip(xs, ys, rings, strict=True):
+        axes = grams.reduced_axes(y.shape, plan.channel_axis)
+        of_data = None if row.alpha is None else x.astype(dtype) / row.alpha.astype(dtype)
+        measured.append(grams.measure(y, ring, ages, of_data, axes, dtype))
     if not plan.per_leaf:  # the leaves are parts of one vector, whose squared norm is the sum of theirs
         measured = [jax.tree.map(lambda *parts: sum(parts[1:], start=parts[0]), *measured)]
-    gram = tuple(grams.push(g, *new, ages) for g, new in zip(carry.grams, measured, strict=True))
+    gram = tuple(grams.push(g, new, ages) for g, new in zip(carry.grams, measured, strict=True))
     ruled = [
         _over_samples(plan.rule, g.norms[0].ndim)(row.rule, g, memory)
         for g, memory in zip(gram, carry.memories, strict=True)

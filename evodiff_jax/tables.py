@@ -47,6 +47,7 @@ class Table(NamedTuple):
       adaptive: (R, 2), 1 where the rule's corrector and predictor are added and 0 where not, or None without a rule.
       rule: a pytree of arrays (R, ...) that the solver's rule reads, or None without one.
       offset: None, or what is added to the corrected state and to the next probe, each (R, ...).
+      alpha: (R,), alpha at each call, 1 where it is zero, for a rule that reads `Gram.noise`; else None.
     """
 
     time: Any
@@ -58,6 +59,7 @@ class Table(NamedTuple):
     adaptive: Any = None
     rule: Any = None
     offset: tuple[Any, Any] | None = None
+    alpha: Any = None
 
 
 class Coefficients(NamedTuple):
@@ -151,6 +153,7 @@ def append_denoising(table: Table, t: Any) -> Table:
         adaptive=add(table.adaptive, 0.0),
         rule=jax.tree.map(lambda column: add(column, column[-1]), table.rule),
         offset=None if table.offset is None else (add(table.offset[0], 0.0), add(table.offset[1], 0.0)),
+        alpha=add(table.alpha, 1.0),
     )
 
 

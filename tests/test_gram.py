@@ -15,12 +15,17 @@ def pushed(outputs, axes, slots):
     """The Gram after pushing outputs (oldest first) into a ring, as the kernel does."""
     first = outputs[0]
     kept = tuple(n for axis, n in enumerate(first.shape) if axis not in axes)
-    gram = grams.initial(kept, slots - 1, first.dtype)
+    gram = grams.initial(kept, slots - 1, first.dtype, noise=True)
     ring = jnp.zeros((slots, *first.shape), first.dtype)
     for i, output in enumerate(outputs):
-        ring = ring.at[i % slots].set(output)
-        gram = grams.push(gram, *grams.measure(output, ring, axes, first.dtype), (i - jnp.arange(slots)) % slots)
+        ring, ages = ring.at[i % slots].set(output), (i - jnp.arange(slots)) % slots
+        gram = grams.push(gram, grams.measure(output, ring, ages, state_at(i, first), axes, first.dtype), ages)
     return gram
+
+
+def state_at(i, like):
+    """Some x / alpha at call i."""
+    return jnp.asarray(np.random.default_rng(i).normal(size=like.shape), like.dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -38,6 +43,8 @@ def test_norms_and_distances_are_of_the_newest_outputs(shape, channel_axis, slot
             expected = np.sum(np.square(newest[i] - newest[j]), axis=axes)
             np.testing.assert_allclose(gram.distance(i, j), expected, rtol=1e-14)
             np.testing.assert_allclose(gram.distance(j, i), expected, rtol=1e-14)
+    noise = np.sum((state_at(4, outputs[0]) - newest[0]) * (newest[0] - newest[1]), axis=axes)
+    np.testing.assert_allclose(gram.noise, noise, rtol=1e-13)
 
 
 @settings(deadline=None, max_examples=50)

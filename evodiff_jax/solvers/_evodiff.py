@@ -15,11 +15,17 @@ one number: twelve scales are sampled beside the state, by the same coefficients
    with the differences D_a of adjacent outputs, newest first (for the correction D_0 = m_t - m_0), and the c that
    minimise the variance of the error of x_t, in units of what of it is left at the end of the run,
        sum_s E(s) (x_s - x_s*)^2 / x_s*^2 + sum_a (v_a + eps^2 E_a) (c_a - c_a*)^2,
-   where x_s is the run of scale s, errors made so far included, x_s* its exact solution, E_a the energy of D_a and c*
-   the second-order rule that corrects with m linear in lambda = -log kappa and predicts with m linear in kappa, whose
-   extrapolation stays bounded however long the step: a least-squares problem of three unknowns. eps^2 is the part of
-   every difference that the model is not trusted with; in a step longer than the one before, eps grows with the power
-   2 max(h, 1) of their ratio, h the step's length in lambda.
+   where x_s is the run of scale s, errors made so far included, x_s* its exact solution, and E_a the energy of D_a: a
+   least-squares problem of three unknowns. eps^2 is the part of every difference that the model is not trusted with;
+   in a step longer than the one before, eps grows with the power 2 max(h, 1) of their ratio, h the step's length in
+   lambda;
+3. c* is the exact step of one scale, the one that the noise left in the state tells. By Tweedie's formula that scale
+   moves its prediction in proportion to the noise along it, so that over the last step
+       T = <x - m_0, D_0> / |D_0|^2 = (1 + w) / (w^2 / q^2 - 1),    w the ratio of its x* at the ends of the step,
+   and D_0 has the weight w / (q + w) in the correction. Where T is below that of a scale far above kappa, w is 1;
+4. outputs that turn against the noise, T < 0, move as those of no normal data: the sample commits to a mode of its
+   distribution, and what was learnt before says nothing about what follows. Once they have, after moving with it, c
+   is c*. Where the first outputs move against the noise already, the data is skewed and T tells nothing of commitment.
 
 For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
 minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
@@ -56,6 +62,8 @@ _UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spect
 _CAUTION = 0.15  # how much of the unexplained energy counts
 _RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
 _MOST = math.log(1e3)  # eps grows by so much at most: c is c* long before
+_LARGE = 1e6  # T beyond that of w = 1; w is q in float32 before
+_CLEAR = 2.0  # noise along a difference is clear at so many standard deviations
 _FAR = math.log(10.0)  # an infinite lambda is taken to be this far beyond the finite ones
 _TINY = 1e-3  # 1 / (2 zeta) in a trace is at least this
 
@@ -68,13 +76,11 @@ class Step(NamedTuple):
 
     Attributes:
       ratio: q.
-      weight: c*_0.
       amplitude: alpha_t (1 - q).
       exact: (S,), x_s* at the step's end.
     """
 
     ratio: Any
-    weight: Any
     amplitude: Any
     exact: Any
 
@@ -90,6 +96,7 @@ class Row(NamedTuple):
       prior: (S,), E before anything is known.
       outputs: the number of earlier outputs.
       ratio: r.
+      kappa: where the model is called.
       ridge: eps of the predictor.
     """
 
@@ -100,6 +107,7 @@ class Row(NamedTuple):
     prior: Any
     outputs: Any
     ratio: Any
+    kappa: Any
     ridge: Any
 
 
@@ -113,6 +121,8 @@ class Memory(NamedTuple):
       energy: (S,), E.
       unexplained: (3,), v_a as a part of the energy of D_a.
       predictor: (3,), the c of the last prediction.
+      course: (3,), how much the outputs have moved with the noise at first, have moved against it at first, and have
+        turned against it after moving with it: at most 1 in all.
     """
 
     state: Any
@@ -121,9 +131,10 @@ class Memory(NamedTuple):
     energy: Any
     unexplained: Any
     predictor: Any
+    course: Any
 
 
-_SIZES = Memory(_SCALES, _SCALES, _DIFFERENCES * _SCALES, _SCALES, _DIFFERENCES, _DIFFERENCES)
+_SIZES = Memory(_SCALES, _SCALES, _DIFFERENCES * _SCALES, _SCALES, _DIFFERENCES, _DIFFERENCES, 3)
 
 
 @functools.cache
@@ -167,20 +178,19 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
     smallest, largest = xp.log(_SMALLEST * kappa[-1]), xp.log(xp.minimum(_LARGEST * kappa[0], kappa[1]))
     scales = xp.exp(smallest + np.linspace(0, 1, _SCALES) * (largest - smallest))
     exact = xp.sqrt(1 + (kappa[:, None] / scales) ** 2)  # x_s*, in units of the data along its direction
-    linear = quadrature.exponential_moments(-h, 2)[1]  # the mean over a step of (lambda - lambda_0) / h
-    fall = h * quadrature.phi(2, h) / quadrature.phi(1, h)  # the mean over a step of 1 - kappa / kappa_0
     growth = 2 * xp.maximum(h, 1.0) * xp.log(xp.maximum(h / h[before], 1.0))
     of_rows = lambda values: xp.broadcast_to(values, (h.shape[0], _SCALES))  # noqa: E731
 
     ratio, amplitude = xp.exp(-h), steps.amplitude
     rule = Row(
-        corrected=Step(ratio[before], linear[before], amplitude[before], exact[:-1]),
-        predicted=Step(ratio, fall * ratio[before] / -xp.expm1(-h[before]), amplitude, exact[1:]),
+        corrected=Step(ratio[before], amplitude[before], exact[:-1]),
+        predicted=Step(ratio, amplitude, exact[1:]),
         response=1 / exact[:-1] ** 2,
         start=of_rows(exact[0]),
         prior=of_rows(scales / scales[-1]),
         outputs=xp.ones_like(h) * index,
         ratio=h[np.maximum(index - 2, 0)] / h[before],
+        kappa=kappa[:-1],
         ridge=xp.where(index == 1, _RIDGE_FIRST, _RIDGE_PREDICTOR) * xp.exp(xp.minimum(growth, _MOST)),
     )
     zero = xp.zeros_like(h)
@@ -192,6 +202,7 @@ def _table(schedule: NoiseSchedule, times: Any) -> Table:
         corrector=xp.stack([zero] * (_DIFFERENCES + 2), axis=-1),
         adaptive=xp.stack([zero + (index > 0), xp.where(to_data, 0.0, zero + (index > 0))], axis=-1),
         rule=rule,
+        alpha=xp.where(levels.alpha[:-1] > 0, levels.alpha[:-1], 1.0),
     )
 
 
@@ -226,23 +237,35 @@ def _rule(
     available = (row.outputs > jnp.arange(_DIFFERENCES, dtype=m.dtype)).astype(m.dtype)
     differences = differences * available[:, None]
     energy, unexplained, caution = (spectrum or _spectrum)(row, gram, known, outputs)
+    course = _course(row, gram, known.course)
+    trusted = 1 - course[2]
 
-    def step(start: Any, m: Any, to: Step, ridge: float) -> tuple[Any, Any, Any]:
+    def step(start: Any, m: Any, to: Step, weight: Any, ridge: Any) -> tuple[Any, Any, Any]:
         """The c of a step of the scales from `start` with the data prediction m there, its end, its variance."""
         weights = energy / to.exact**2
-        linear = to.ratio * start + (1 - to.ratio) * (m + to.weight * differences[0])
+        linear = to.ratio * start + (1 - to.ratio) * (m + weight * differences[0])
         missing = (to.exact - linear) / (1 - to.ratio)
-        c = (least_squares or _least_squares)(missing, differences, weights, ridge**2 + caution) * available
-        c = c.at[0].add(to.weight * available[0])
+        c = (least_squares or _least_squares)(missing, differences, weights, ridge**2 + caution) * trusted
+        c = available * c.at[0].add(weight)
         end = to.exact if exact_scales else to.ratio * start + (1 - to.ratio) * (m + _matmul(c, differences))
         return c, end, _matmul(weights, (end - to.exact) ** 2) / jnp.sum(energy)
 
-    corrector, state, variance = step(known.state, outputs[1], row.corrected, _RIDGE_CORRECTOR)
+    q, following, square = row.corrected.ratio, row.predicted.ratio, gram.distance(0, 1)
+    w = _shrinkage(q, gram.noise, square)
+    corrector, state, variance = step(known.state, outputs[1], row.corrected, w / (q + w), _RIDGE_CORRECTOR)
     state = jnp.where((row.outputs > 0) & corrects, state, known.probe)
-    predictor, probe, _ = step(state, m, row.predicted, row.ridge)
-
-    kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor)
     corrected = float(corrects) * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
+
+    # <x - m_0, D_0> with the corrected state in place of the probe.
+    along = jnp.stack([gram.distance(i, 1) - gram.distance(i, 0) for i in range(corrected.shape[0])]) / 2
+    w = _shrinkage(q, gram.noise + (1 - q) * _matmul(corrected, along), square)
+    # x* at the ends of the next step, and the change of m in it over that in the last, without a 0 / 0 at w = 1.
+    part = jnp.minimum((q / w) ** 2, 1)
+    next_w = jnp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
+    growth = (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w))
+    predictor, probe, _ = step(state, m, row.predicted, growth * next_w / (following + next_w), row.ridge)
+
+    kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor, course)
     on_new, on_old = corrector[0] / row.ratio, -corrector[1] * row.ratio
     both = on_new + on_old
     both = jnp.where(jnp.abs(both) > _TINY, both, _TINY)
@@ -297,6 +320,27 @@ def _spectrum(
         jnp.where(informative, energy, known.energy),
         jnp.where(informative, fraction, jnp.where(row.outputs > 1, known.unexplained, unexplained)),
         jnp.where(informative, caution, 0.0),
+    )
+
+
+def _shrinkage(q: Any, noise: Any, square: Any) -> Any:
+    """w, the ratio of x* at the ends of a step of ratio q, of the scale for which <x - m_0, D_0> / |D_0|^2 is so."""
+    settled = 2 * q**2 / (1 - q**2)  # where w = 1
+    T = jnp.clip(_ratio(noise, square, settled), settled, settled + _LARGE)
+    return (1 + jnp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
+
+
+def _course(row: Row, gram: Gram, course: Any) -> Any:
+    """The new `Memory.course`."""
+    square = gram.distance(0, 1)
+    changes = square > 10 * jnp.sqrt(jnp.finfo(square.dtype).tiny)
+    length = jnp.sqrt(jnp.where(changes, square, 1))
+    deviations = jnp.where(changes & (row.outputs > 0), gram.noise / (row.kappa * length), 0)
+    with_it, against_it = jnp.clip(deviations / _CLEAR, 0, 1), jnp.clip(-deviations / _CLEAR, 0, 1)
+    moved, skewed, turned = course
+    open_ = 1 - moved - skewed - turned
+    return jnp.stack(
+        [moved * (1 - against_it) + open_ * with_it, skewed + open_ * against_it, turned + moved * against_it]
     )
 
 
