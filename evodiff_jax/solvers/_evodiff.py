@@ -60,7 +60,7 @@ _SPANS = np.array([[i <= a < j for a in range(_DIFFERENCES)] for i, j in _PAIRS]
 _UPDATES = 2
 _UNEXPLAINED = math.exp(-4.0)  # part of a new difference's energy that no spectrum is expected to explain
 _CAUTION = 0.15  # how much of the unexplained energy counts
-_RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.2, 0.15, 0.3  # eps
+_RIDGE_CORRECTOR, _RIDGE_PREDICTOR, _RIDGE_FIRST = 0.5, 0.15, 0.3  # eps
 _MOST = math.log(1e3)  # eps grows by so much at most: c is c* long before
 _LARGE = 1e6  # T beyond that of w = 1; w is q in float32 before
 _CLEAR = 2.0  # noise along a difference is clear at so many standard deviations
