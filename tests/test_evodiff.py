@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import evodiff_jax as ed
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.numerics import enable_x64
+from evodiff_jax.solvers import _evodiff
 from evodiff_jax.tables import append_denoising
 
 EDM = SCHEDULES["edm"]
@@ -142,6 +143,62 @@ def test_the_spectrum_of_normal_data_is_found(scale, x64):
         state = ed.stepping.update(state, std**2 / (std**2 + state.t**2) * state.x)
     energy = state.carry.memories[0][:, 5 * 12 : 6 * 12]
     assert np.all(np.abs(np.argmax(energy, axis=1) - scale) <= 1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(std=st.floats(-6, 6), end=st.floats(-3, 3), steps=st.tuples(st.floats(0.02, 3), st.floats(0.02, 3)))
+def test_the_noise_in_the_state_tells_the_scale_and_its_exact_steps(std, end, steps):
+    """For normal data, from the noise and the change of the output over the last step."""
+    with enable_x64():
+        std, kappa = np.exp(std), np.exp(end + np.array([steps[0], 0, -steps[1]]))
+        x = np.sqrt(std**2 + kappa**2)
+        m = std**2 / (std**2 + kappa**2) * x
+        q, following = kappa[1] / kappa[0], kappa[2] / kappa[1]
+        w = _evodiff._shrinkage(q, (x[1] - m[1]) * (m[1] - m[0]), (m[1] - m[0]) ** 2)
+        corrector, predictor = _evodiff._steps_of_one_scale(w, q, following)
+        np.testing.assert_allclose(w, x[1] / x[0], rtol=1e-5)
+        exact = (x[1:] - kappa[1:] / kappa[:-1] * x[:-1]) / (1 - kappa[1:] / kappa[:-1]) - m[:-1]
+        np.testing.assert_allclose([corrector, predictor], exact / (m[1] - m[0]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [-np.inf, -1e6, -1.0, 0.0, 1e-3, 1e3, 1e30])
+@pytest.mark.parametrize("h", [1e-3, 0.1, 1.0, 4.0, 12.0])
+@pytest.mark.parametrize("h_next", [1e-3, 1.0, 12.0])
+def test_whatever_the_noise_steps_are_bounded_and_of_second_order(T, h, h_next):
+    q, following = (jnp.exp(-jnp.float32(step)) for step in (h, h_next))
+    corrector, predictor = _evodiff._steps_of_one_scale(_evodiff._shrinkage(q, T, jnp.float32(1)), q, following)
+    settled, growing = 1 / (1 + q), 0.5  # of a scale far above kappa, and of one far below
+    assert growing - 1e-3 <= corrector <= settled + 1e-3
+    assert 0 < predictor <= 1.01 * max(T, 2 * q**2 / (1 - q**2))  # times D_0: no more than the noise along it
+    if max(h, h_next) < 0.01:
+        np.testing.assert_allclose([corrector, predictor], [0.5, h_next / h / 2], rtol=0.01)
+
+
+def course_of(denoise, x_T, times, schedule):
+    """How far the outputs of each sample moved with the noise, moved against it at first, and turned against it."""
+    state = ed.stepping.init(x_T, ed.plan(schedule, times))
+    while not state.done:
+        state = ed.stepping.update(state, denoise(state.x, state.t))
+    return np.asarray(state.carry.memories[0][:, -3:])
+
+
+def test_a_commitment_to_a_mode_is_noticed_and_nothing_else_taken_for_one():
+    times, x_T = ed.grids.log_snr(EDM, 10), initial_state(EDM, (64, 32))
+    centers = np.random.default_rng(1).normal(0, 1, (20, 32))
+
+    def leaky(x, t):
+        """A network that leaves more of the noise in its prediction the more noise there is."""
+        return mixture(EDM, centers, 0.1)(x, t) + 2e-3 * x
+
+    modes = course_of(mixture(EDM, centers, 0.1), x_T, times, EDM)
+    normal = course_of(lambda x, t: x / (1 + t**2), x_T, times, EDM)
+    leaking = course_of(leaky, x_T, times, EDM)
+    for course in (modes, normal, leaking):
+        assert np.all(course >= -1e-6)
+        assert np.all(course.sum(axis=1) <= 1 + 1e-5)
+    assert np.mean(modes[:, 2] > 0.5) > 0.8
+    assert np.all(normal[:, 0] > 0.75)  # the last output of a probe that overshot turns back
+    np.testing.assert_allclose(leaking, np.broadcast_to([0, 1.0, 0], leaking.shape), atol=1e-6)
 
 
 # ---- hard models, ends and dtypes

@@ -23,9 +23,9 @@ one number: twelve scales are sampled beside the state, by the same coefficients
    moves its prediction in proportion to the noise along it, so that over the last step
        T = <x - m_0, D_0> / |D_0|^2 = (1 + w) / (w^2 / q^2 - 1),    w the ratio of its x* at the ends of the step,
    and D_0 has the weight w / (q + w) in the correction. Where T is below that of a scale far above kappa, w is 1;
-4. outputs that turn against the noise, T < 0, move as those of no normal data: the sample commits to a mode of its
-   distribution, and what was learnt before says nothing about what follows. Once they have, after moving with it, c
-   is c*. Where the first outputs move against the noise already, the data is skewed and T tells nothing of commitment.
+4. outputs that move against the noise, T < 0, are those of no normal data. Where they turn against it after moving with
+   it, the sample commits to a mode of its distribution, and what was learnt before says nothing about what follows: c
+   is c* from then on. Where the first ones do so already, the network has left a part of the noise in them.
 
 For normal data x_t - x_t* has the entropy (1/2) log(variance) + constant along every direction: minimising one
 minimises the other. Coefficients stay within O(h) of c*, so that the order is that of c*, 2.
@@ -121,8 +121,8 @@ class Memory(NamedTuple):
       energy: (S,), E.
       unexplained: (3,), v_a as a part of the energy of D_a.
       predictor: (3,), the c of the last prediction.
-      course: (3,), how much the outputs have moved with the noise at first, have moved against it at first, and have
-        turned against it after moving with it: at most 1 in all.
+      course: (3,), how far the outputs first moved with the noise and still do, first moved against it, and turned
+        against it after moving with it: at most 1 in all.
     """
 
     state: Any
@@ -251,19 +251,16 @@ def _rule(
         return c, end, _matmul(weights, (end - to.exact) ** 2) / jnp.sum(energy)
 
     q, following, square = row.corrected.ratio, row.predicted.ratio, gram.distance(0, 1)
-    w = _shrinkage(q, gram.noise, square)
-    corrector, state, variance = step(known.state, outputs[1], row.corrected, w / (q + w), _RIDGE_CORRECTOR)
+    weight, _ = _steps_of_one_scale(_shrinkage(q, gram.noise, square), q, following)
+    corrector, state, variance = step(known.state, outputs[1], row.corrected, weight, _RIDGE_CORRECTOR)
     state = jnp.where((row.outputs > 0) & corrects, state, known.probe)
     corrected = float(corrects) * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
 
     # <x - m_0, D_0> with the corrected state in place of the probe.
     along = jnp.stack([gram.distance(i, 1) - gram.distance(i, 0) for i in range(corrected.shape[0])]) / 2
-    w = _shrinkage(q, gram.noise + (1 - q) * _matmul(corrected, along), square)
-    # x* at the ends of the next step, and the change of m in it over that in the last, without a 0 / 0 at w = 1.
-    part = jnp.minimum((q / w) ** 2, 1)
-    next_w = jnp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
-    growth = (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w))
-    predictor, probe, _ = step(state, m, row.predicted, growth * next_w / (following + next_w), row.ridge)
+    noise = gram.noise + (1 - q) * _matmul(corrected, along)
+    _, weight = _steps_of_one_scale(_shrinkage(q, noise, square), q, following)
+    predictor, probe, _ = step(state, m, row.predicted, weight, row.ridge)
 
     kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor, course)
     on_new, on_old = corrector[0] / row.ratio, -corrector[1] * row.ratio
@@ -330,6 +327,15 @@ def _shrinkage(q: Any, noise: Any, square: Any) -> Any:
     return (1 + jnp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
 
 
+def _steps_of_one_scale(w: Any, q: Any, following: Any) -> tuple[Any, Any]:
+    """c*_0 of the corrector of a step of ratio q and of the predictor of the `following`: exact steps of one scale."""
+    # The ratio of x* at the ends of the following step, and the change of m in it over that in the last, without 0 / 0.
+    part = jnp.minimum((q / w) ** 2, 1)
+    next_w = jnp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
+    growth = (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w))
+    return w / (q + w), growth * next_w / (following + next_w)
+
+
 def _course(row: Row, gram: Gram, course: Any) -> Any:
     """The new `Memory.course`."""
     square = gram.distance(0, 1)
@@ -337,10 +343,10 @@ def _course(row: Row, gram: Gram, course: Any) -> Any:
     length = jnp.sqrt(jnp.where(changes, square, 1))
     deviations = jnp.where(changes & (row.outputs > 0), gram.noise / (row.kappa * length), 0)
     with_it, against_it = jnp.clip(deviations / _CLEAR, 0, 1), jnp.clip(-deviations / _CLEAR, 0, 1)
-    moved, skewed, turned = course
-    open_ = 1 - moved - skewed - turned
+    aligned, opposed, turned = course
+    open_ = 1 - aligned - opposed - turned
     return jnp.stack(
-        [moved * (1 - against_it) + open_ * with_it, skewed + open_ * against_it, turned + moved * against_it]
+        [aligned * (1 - against_it) + open_ * with_it, opposed + open_ * against_it, turned + aligned * against_it]
     )
 
 
