@@ -45,6 +45,16 @@ def none(missing: Any, differences: Any, weights: Any, ridge: Any) -> Any:
     return 0 * differences[:, 0]
 
 
+def without_noise(row: Any, gram: Any, memory: Any) -> Any:
+    """The rule of a state without noise: c* is that of a scale far above kappa, and no commitment is noticed."""
+    return _evodiff._rule(row, gram._replace(noise=0 * gram.noise), memory)
+
+
+def without_commitment(row: Any, gram: Any, memory: Any) -> Any:
+    """The rule that forgets how the outputs moved."""
+    return _evodiff._rule(row, gram, memory.at[-3:].set(0))
+
+
 VARIANTS = {
     "evodiff()": {},
     "the prior for a spectrum": {"spectrum": prior},
@@ -60,7 +70,12 @@ def variants() -> dict[str, ed.Solver]:
     """The solvers by what is left out."""
     full = ed.solvers.evodiff()
     changed = {name: full._replace(rule=functools.partial(_evodiff._rule, **parts)) for name, parts in VARIANTS.items()}
-    return {**changed, "evodiff_reference()": ed.solvers.evodiff_reference()}
+    return {
+        **changed,
+        "the noise": full._replace(rule=without_noise),
+        "commitment": full._replace(rule=without_commitment),
+        "evodiff_reference()": ed.solvers.evodiff_reference(),
+    }
 
 
 def figures(problem: comparison.Problem, solver: ed.Solver, calls: list[int], exact: np.ndarray) -> np.ndarray:
