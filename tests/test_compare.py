@@ -298,7 +298,9 @@ def test_wins_losses_and_the_mean_of_few_calls():
 
     same = [ratio(5, 0.5, 0.4, 0.6), ratio(8, 2.0, 1.5, 3.0), ratio(10, 4.0, 0.9, 5.0), ratio(12, 0.9, 0.8, 1.0)]
     floors = {"p": Estimate(0.25, 0.2, 0.3)}
-    text = _report.report("T", ["fact"], RESULTS, same, [], {"p": "the words"}, floors, {"p": ["results/p.png"]})
+    results = [*RESULTS, *(result("heun", x, grid="b", calls=calls) for calls, x in ((8, 0.1), (10, 0.2), (12, 1.0)))]
+    text = _report.report("T", ["fact"], results, same, [], {"p": "the words"}, floors, {"p": ["results/p.png"]})
+    assert "In 2 of these 4 the best peer's Frechet distance is below that of the converged samples" in text
     assert "| Frechet distance | 1 | 1 | 2 | 4 (p, 10 calls, a, against `heun`) | 1 | 1.38 |" in text
     assert "| p | **0.5** (0.4 .. 0.6) `heun` | 2 (1.5 .. 3) `heun` | 4 (0.9 .. 5) `heun` |" in text
     assert "- p: 10 samples, judged by the words; the converged samples have" in text

@@ -247,19 +247,19 @@ def test_a_channel_on_which_the_model_is_zero_stays_finite(make, channel_axis):
 
 
 @pytest.mark.parametrize("steps", [5, 6])
-def test_steps_that_grow_long_are_not_extrapolated_into(steps):
+def test_samples_that_commit_in_steps_that_grow_long_are_better_than_by_fixed_coefficients(steps):
     schedule = ed.schedules.edm()
-    denoise = ed.denoisers.gaussian_mixture(np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.3, schedule)
+    denoise = ed.denoisers.gaussian_mixture(np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, schedule)
     x_T = schedule.t_max * jax.random.normal(jax.random.key(0), (200, 64))
     exact = ed.sample(denoise, x_T, ed.grids.log_snr(schedule, 300), schedule, ed.solvers.unipc(3))
-    times = ed.grids.karras(schedule, steps)  # the last step is half as long again as the one before
+    times = ed.grids.karras(schedule, steps)  # in the last steps, half as long again as those before, samples commit
 
     def errors(solver):
         return jnp.sqrt(jnp.mean((ed.sample(denoise, x_T, times, schedule, solver) - exact) ** 2, axis=1))
 
     ours, theirs = errors(ed.solvers.evodiff()), errors(ed.solvers.dpm_solver_pp(2))
-    assert jnp.median(ours) < 1.15 * jnp.median(theirs)
-    assert jnp.mean(ours**2) < 1.15**2 * jnp.mean(theirs**2)
+    assert jnp.median(ours) < 0.6 * jnp.median(theirs)
+    assert jnp.mean(ours**2) < 0.8**2 * jnp.mean(theirs**2)
 
 
 @pytest.mark.parametrize("steps", [5, 8, 12])

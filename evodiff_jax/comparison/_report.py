@@ -85,6 +85,8 @@ def report(
     for heading, compared in (("on the same grid", same), ("every solver on its best grid", best)):
         if compared:
             parts += [f"## `{SUBJECT}` against the best peer, {heading}", _tally_table(compared)]
+            if compared is same:
+                parts.append(_below_floors(same, results, floors))
             parts += _ratio_tables(compared, one_grid=compared is best)
     parts += ["## Every solver against the best of the others", _STANDINGS]
     parts += ["### On the same grid", _standing_table(results, best_grid=False)]
@@ -161,6 +163,16 @@ def _tally_table(compared: Sequence[Ratio]) -> str:
         rows.append([*row, _number(few), _number(every)])
     header = ["ratio of", "wins", "losses", "ties", "worst"]
     return _table([*header, "geometric mean, 5 to 8 calls", "all calls"], rows)
+
+
+def _below_floors(same: Sequence[Ratio], results: Sequence[Result], floors: Mapping[str, Estimate]) -> str:
+    distances = {r[:4]: r.frechet.value for r in results}
+    compared = [r for r in same if r.figure == "frechet"]
+    below = sum(distances[r.problem, r.peer_grid, r.peer, r.calls] < floors[r.problem].value for r in compared)
+    return (
+        f"In {below} of these {len(compared)} the best peer's Frechet distance is below that of the converged samples: "
+        "there a ratio of 1 asks for more than the exact solution."
+    )
 
 
 def _ratio_tables(compared: Sequence[Ratio], one_grid: bool) -> list[str]:
