@@ -72,8 +72,8 @@ def variants() -> dict[str, ed.Solver]:
     changed = {name: full._replace(rule=functools.partial(_evodiff._rule, **parts)) for name, parts in VARIANTS.items()}
     return {
         **changed,
-        "the noise": full._replace(rule=without_noise),
-        "commitment": full._replace(rule=without_commitment),
+        "no noise": full._replace(rule=without_noise),
+        "no commitment": full._replace(rule=without_commitment),
         "evodiff_reference()": ed.solvers.evodiff_reference(),
     }
 
