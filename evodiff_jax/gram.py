@@ -86,7 +86,8 @@ def measure(
     distances = _sums(jnp.square(newest[None] - outputs.astype(dtype)), axes)
     noise = None
     if x is not None:
-        before = outputs[ages[1]].astype(dtype)  # the permutation is its own inverse
+        # The permutation `ages` is its own inverse.
+        before = jax.lax.dynamic_index_in_dim(outputs, ages[1], keepdims=False).astype(dtype)
         noise = _sums(((x.astype(dtype) - newest) * (newest - before))[None], axes)[0]
     return Measured(_sums(jnp.square(newest)[None], axes)[0], distances, noise)
 
