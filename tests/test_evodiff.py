@@ -146,11 +146,16 @@ def test_the_spectrum_of_normal_data_is_found(scale, x64):
 
 
 @settings(deadline=None, max_examples=100)
-@given(std=st.floats(-6, 6), end=st.floats(-3, 3), steps=st.tuples(st.floats(0.02, 3), st.floats(0.02, 3)))
-def test_the_noise_in_the_state_tells_the_scale_and_its_exact_steps(std, end, steps):
-    """For normal data, from the noise and the change of the output over the last step."""
+@given(
+    std=st.floats(-6, 6),
+    end=st.floats(-3, 3),
+    steps=st.tuples(st.floats(0.02, 3), st.floats(0.02, 3)),
+    sign=st.sampled_from([1, -1]),
+)
+def test_the_noise_in_the_state_tells_the_scale_and_its_exact_steps(std, end, steps, sign):
+    """For normal data, from the noise and the change of the output over the last step, from the noise and to it."""
     with enable_x64():
-        std, kappa = np.exp(std), np.exp(end + np.array([steps[0], 0, -steps[1]]))
+        std, kappa = np.exp(std), np.exp(end + sign * np.array([steps[0], 0, -steps[1]]))
         x = np.sqrt(std**2 + kappa**2)
         m = std**2 / (std**2 + kappa**2) * x
         q, following = kappa[1] / kappa[0], kappa[2] / kappa[1]
@@ -164,12 +169,15 @@ def test_the_noise_in_the_state_tells_the_scale_and_its_exact_steps(std, end, st
 @pytest.mark.parametrize("T", [-np.inf, -1e6, -1.0, 0.0, 1e-3, 1e3, 1e30])
 @pytest.mark.parametrize("h", [1e-3, 0.1, 1.0, 4.0, 12.0])
 @pytest.mark.parametrize("h_next", [1e-3, 1.0, 12.0])
-def test_whatever_the_noise_steps_are_bounded_and_of_second_order(T, h, h_next):
-    q, following = (jnp.exp(-jnp.float32(step)) for step in (h, h_next))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_whatever_the_noise_steps_are_bounded_and_of_second_order(T, h, h_next, sign):
+    q, following = (jnp.exp(-sign * jnp.float32(step)) for step in (h, h_next))
     corrector, predictor = _evodiff._steps_of_one_scale(_evodiff._shrinkage(q, T, jnp.float32(1)), q, following)
     settled, growing = 1 / (1 + q), 0.5  # of a scale far above kappa, and of one far below
-    assert growing - 1e-3 <= corrector <= settled + 1e-3
-    assert 0 < predictor <= 1.01 * max(T, 2 * q**2 / (1 - q**2))  # times D_0: no more than the noise along it
+    assert min(growing, settled) - 1e-3 <= corrector <= max(growing, settled) + 1e-3
+    assert 0 < predictor < np.inf
+    if sign == 1:  # times D_0: no more than the noise along it
+        assert predictor <= 1.01 * max(T, 2 * q**2 / (1 - q**2))
     if max(h, h_next) < 0.01:
         np.testing.assert_allclose([corrector, predictor], [0.5, h_next / h / 2], rtol=0.01)
 

@@ -323,14 +323,15 @@ def _spectrum(
 def _shrinkage(q: Any, noise: Any, square: Any) -> Any:
     """w, the ratio of x* at the ends of a step of ratio q, of the scale for which <x - m_0, D_0> / |D_0|^2 is so."""
     settled = 2 * q**2 / (1 - q**2)  # where w = 1
-    T = jnp.clip(_ratio(noise, square, settled), settled, settled + _LARGE)
-    return (1 + jnp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
+    sign = jnp.where(q > 1, -1.0, 1.0).astype(square.dtype)  # of T in runs from the noise, and in runs to it
+    T = settled + sign * jnp.clip(sign * (_ratio(noise, square, settled) - settled), 0, _LARGE)
+    return (1 + sign * jnp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
 
 
 def _steps_of_one_scale(w: Any, q: Any, following: Any) -> tuple[Any, Any]:
     """c*_0 of the corrector of a step of ratio q and of the predictor of the `following`: exact steps of one scale."""
     # The ratio of x* at the ends of the following step, and the change of m in it over that in the last, without 0 / 0.
-    part = jnp.minimum((q / w) ** 2, 1)
+    part = jnp.clip((q / w) ** 2, jnp.minimum(q**2, 1), jnp.maximum(q**2, 1))
     next_w = jnp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
     growth = (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w))
     return w / (q + w), growth * next_w / (following + next_w)
