@@ -52,7 +52,7 @@ def without_noise(row: Any, gram: Any, memory: Any) -> Any:
 
 def without_commitment(row: Any, gram: Any, memory: Any) -> Any:
     """The rule that forgets how the outputs moved."""
-    return _evodiff._rule(row, gram, memory.at[-3:].set(0))
+    return _evodiff._rule(row, gram, memory.at[-_evodiff._SIZES.course :].set(0))
 
 
 VARIANTS = {

@@ -160,7 +160,7 @@ def test_the_noise_in_the_state_tells_the_scale_and_its_exact_steps(std, end, st
         m = std**2 / (std**2 + kappa**2) * x
         q, following = kappa[1] / kappa[0], kappa[2] / kappa[1]
         w = _evodiff._shrinkage(q, (x[1] - m[1]) * (m[1] - m[0]), (m[1] - m[0]) ** 2)
-        corrector, predictor = _evodiff._steps_of_one_scale(w, q, following)
+        corrector, predictor = _evodiff._corrector_of_scale(w, q), _evodiff._predictor_of_scale(w, q, following)
         np.testing.assert_allclose(w, x[1] / x[0], rtol=1e-5)
         exact = (x[1:] - kappa[1:] / kappa[:-1] * x[:-1]) / (1 - kappa[1:] / kappa[:-1]) - m[:-1]
         np.testing.assert_allclose([corrector, predictor], exact / (m[1] - m[0]), rtol=1e-4)
@@ -172,7 +172,8 @@ def test_whatever_the_noise_steps_are_bounded_and_of_second_order(sign):
         [-np.inf, -1e6, -1.0, 0.0, 1e-3, 1e3, 1e30], [1e-3, 0.1, 1.0, 4.0, 12.0], [1e-3, 1.0, 12.0]
     )
     T, q, following = (jnp.asarray(values, jnp.float32) for values in (T, np.exp(-sign * h), np.exp(-sign * h_next)))
-    corrector, predictor = _evodiff._steps_of_one_scale(_evodiff._shrinkage(q, T, jnp.ones_like(T)), q, following)
+    w = _evodiff._shrinkage(q, T, jnp.ones_like(T))
+    corrector, predictor = _evodiff._corrector_of_scale(w, q), _evodiff._predictor_of_scale(w, q, following)
     settled, growing = 1 / (1 + q), 0.5  # of a scale far above kappa, and of one far below
     assert np.all(corrector >= jnp.minimum(growing, settled) - 1e-3)
     assert np.all(corrector <= jnp.maximum(growing, settled) + 1e-3)
@@ -189,7 +190,7 @@ def course_of(denoise, x_T, times, schedule):
     state = ed.stepping.init(x_T, ed.plan(schedule, times))
     while not state.done:
         state = ed.stepping.update(state, denoise(state.x, state.t))
-    return np.asarray(state.carry.memories[0][:, -3:])
+    return np.asarray(state.carry.memories[0][:, -_evodiff._SIZES.course :])
 
 
 def test_a_commitment_to_a_mode_is_noticed_and_nothing_else_taken_for_one():

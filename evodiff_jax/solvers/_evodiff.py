@@ -251,7 +251,7 @@ def _rule(
         return c, end, _matmul(weights, (end - to.exact) ** 2) / jnp.sum(energy)
 
     q, following, square = row.corrected.ratio, row.predicted.ratio, gram.distance(0, 1)
-    weight, _ = _steps_of_one_scale(_shrinkage(q, gram.noise, square), q, following)
+    weight = _corrector_of_scale(_shrinkage(q, gram.noise, square), q)
     corrector, state, variance = step(known.state, outputs[1], row.corrected, weight, _RIDGE_CORRECTOR)
     state = jnp.where((row.outputs > 0) & corrects, state, known.probe)
     corrected = float(corrects) * (_of_outputs(corrector) - jnp.roll(_of_outputs(known.predictor), 1))
@@ -259,7 +259,7 @@ def _rule(
     # <x - m_0, D_0> with the corrected state in place of the probe.
     along = jnp.stack([gram.distance(i, 1) - gram.distance(i, 0) for i in range(corrected.shape[0])]) / 2
     noise = gram.noise + (1 - q) * _matmul(corrected, along)
-    _, weight = _steps_of_one_scale(_shrinkage(q, noise, square), q, following)
+    weight = _predictor_of_scale(_shrinkage(q, noise, square), q, following)
     predictor, probe, _ = step(state, m, row.predicted, weight, row.ridge)
 
     kept = Memory(state, probe, outputs[:-1], energy, unexplained, predictor, course)
@@ -293,7 +293,7 @@ def _spectrum(
     observed = jnp.where(row.outputs >= np.array([j for _, j in _PAIRS], observed.dtype), observed, 0)
     total = jnp.sum(observed)
     # Nothing to learn from one difference, nor from outputs that do not change.
-    informative = (row.outputs > 1) & (total > 10 * jnp.sqrt(jnp.finfo(total.dtype).tiny))
+    informative = (row.outputs > 1) & _above_zero(total)
     observed = observed / jnp.where(informative, total, 1)
     seen = (observed > 0).astype(observed.dtype)
     of_scales = jnp.stack([(outputs[i] - outputs[j]) ** 2 for i, j in _PAIRS])
@@ -328,19 +328,24 @@ def _shrinkage(q: Any, noise: Any, square: Any) -> Any:
     return (1 + sign * jnp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
 
 
-def _steps_of_one_scale(w: Any, q: Any, following: Any) -> tuple[Any, Any]:
-    """c*_0 of the corrector of a step of ratio q and of the predictor of the `following`: exact steps of one scale."""
-    # The ratio of x* at the ends of the following step, and the change of m in it over that in the last, without 0 / 0.
+def _corrector_of_scale(w: Any, q: Any) -> Any:
+    """c*_0 of the corrector of a step of ratio q, exact for the scale whose x* has the ratio w at its ends."""
+    return w / (q + w)
+
+
+def _predictor_of_scale(w: Any, q: Any, following: Any) -> Any:
+    """c*_0 of the predictor of the next step, of ratio `following`, exact for the scale of w in the last."""
+    # The ratio of x* at the ends of the next step, and the change of m in it over that in the last, without 0 / 0.
     part = jnp.clip((q / w) ** 2, jnp.minimum(q**2, 1), jnp.maximum(q**2, 1))
     next_w = jnp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
     growth = (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w))
-    return w / (q + w), growth * next_w / (following + next_w)
+    return growth * _corrector_of_scale(next_w, following)
 
 
 def _course(row: Row, gram: Gram, course: Any) -> Any:
     """The new `Memory.course`."""
     square = gram.distance(0, 1)
-    changes = square > 10 * jnp.sqrt(jnp.finfo(square.dtype).tiny)
+    changes = _above_zero(square)
     length = jnp.sqrt(jnp.where(changes, square, 1))
     deviations = jnp.where(changes & (row.outputs > 0), gram.noise / (row.kappa * length), 0)
     with_it, against_it = jnp.clip(deviations / _CLEAR, 0, 1), jnp.clip(-deviations / _CLEAR, 0, 1)
@@ -375,7 +380,12 @@ def _of_outputs(c: Any) -> Any:
     return jnp.concatenate([c, zero, zero]) - jnp.concatenate([zero, c, zero])
 
 
+def _above_zero(square: Any) -> Any:
+    """Whether a sum of squares, and its own square in derivatives, is a number that float arithmetic can divide by."""
+    return square > 10 * jnp.sqrt(jnp.finfo(jnp.asarray(square).dtype).tiny)
+
+
 def _ratio(numerator: Any, denominator: Any, otherwise: float = 0.0) -> Any:
-    """The ratio, or `otherwise` where the denominator, a sum of squares, or its square in derivatives, vanishes."""
-    positive = denominator > 10 * jnp.sqrt(jnp.finfo(jnp.asarray(denominator).dtype).tiny)
+    """The ratio, or `otherwise` where the denominator, a sum of squares, vanishes."""
+    positive = _above_zero(denominator)
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), otherwise)
