@@ -124,7 +124,7 @@ def main() -> None:
     """Compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--solvers", nargs="+", choices=comparison.FORMS, default=list(comparison.FORMS))
+    parser.add_argument("--solvers", nargs="+", choices=comparison.DETERMINISTIC, default=list(comparison.DETERMINISTIC))
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=["log_snr", "karras"])
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
     parser.add_argument("--samples", type=int, help="default: 1000; 200 of fashion, 500 of galaxies")
@@ -138,7 +138,7 @@ def main() -> None:
     comparison.check_plots()
     out = args.out or args.store
     grids, compared = {name: GRIDS[name] for name in args.grids}, []
-    solvers = {name: comparison.FORMS[name] for name in args.solvers}
+    solvers = {name: comparison.DETERMINISTIC[name] for name in args.solvers}
     for name in args.models:
         samples, make = PROBLEMS[name]
         problem = make(args.samples or samples, args.store)

@@ -1,28 +1,32 @@
 """Few-step sampling of diffusion and flow models in JAX: EVODiff and the solvers it is compared with."""
 
-from evodiff_jax import denoisers, editing, grids, plans, schedules, solvers, statistics, stepping
-from evodiff_jax.plans import plan
-from evodiff_jax.sampling import Trace, sample, sample_plan, sample_with_trace
+from evodiff_jax import denoisers, editing, grids, quadrature, schedules, solvers, statistics, tables
+from evodiff_jax.citations import citation
+from evodiff_jax.sampling import RunState, Trace, init, plan, sample, sample_with_trace, update
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.tables import Plan, Solver
+from evodiff_jax.tables import Plan, Solver, stack
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NoiseSchedule",
     "Plan",
+    "RunState",
     "Solver",
     "Trace",
+    "citation",
     "denoisers",
     "editing",
     "grids",
+    "init",
     "plan",
-    "plans",
+    "quadrature",
     "sample",
-    "sample_plan",
     "sample_with_trace",
     "schedules",
     "solvers",
+    "stack",
     "statistics",
-    "stepping",
+    "tables",
+    "update",
 ]

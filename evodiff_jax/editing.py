@@ -1,20 +1,28 @@
-"""Editing with a sampler: noise for image-to-image, inpainting, inversion from data to noise, interpolation."""
+"""Editing with a sampler: inpainting, inversion from data to noise, interpolation of noise."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from evodiff_jax import kernel, plans
-from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.numerics import at_least_float32, on_host
-from evodiff_jax.sampling import Hook, run
+from evodiff_jax.sampling import check_solver, check_times, plan_from_times, sample
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.states import State, as_state, broadcasts, check_state, leaf_keys, per_sample, widest
 from evodiff_jax.tables import Solver
+from evodiff_jax.types import (
+    Denoiser,
+    Hook,
+    State,
+    as_state,
+    batch_size,
+    broadcasts,
+    check_keys,
+    check_state,
+    per_sample,
+    widest,
+)
 
 
 class Inpainting(NamedTuple):
@@ -22,51 +30,22 @@ class Inpainting(NamedTuple):
 
     Attributes:
       denoise: the data prediction, which is the known data in the known region.
-      on_state: the hook on the state, which puts them there with the noise of the current level.
+      on_state: the hook on the state, which puts the known data there with the noise of the current level, and without
+        noise in the result.
     """
 
     denoise: Denoiser
     on_state: Hook
 
 
-def add_noise(x_0: State, t: ArrayLike, schedule: NoiseSchedule, key: jax.Array) -> State:
-    """Data with the noise of time t, alpha(t) x_0 + sigma(t) eps: where image-to-image sampling starts.
-
-    Args:
-      x_0: the data, (B, ...) or a pytree of such.
-      t: the time, a scalar; `times[0]` of the run that follows.
-      schedule: the noise schedule.
-      key: a JAX random key.
-
-    Returns:
-      The noisy data, of the structure, shapes and dtypes of x_0.
-
-    Raises:
-      TypeError: when x_0 is not floating-point, the schedule is something else, or key is None.
-      ValueError: when x_0 has no batch axis, or t is not a scalar within the schedule.
-
-    Example:
-      >>> import jax, evodiff_jax as ed
-      >>> schedule = ed.schedules.edm()
-      >>> times = ed.grids.last_steps(ed.grids.log_snr(schedule, 20), strength=0.5)  # 10 steps
-      >>> x = add_noise(jax.numpy.ones((4, 8)), times[0], schedule, jax.random.key(0))
-      >>> x = ed.sample(lambda x, t: x / (1 + t**2), x, times, schedule)
-    """
-    x_0 = check_state(x_0, "x_0")
-    _check(schedule, key)
-    if np.ndim(t) != 0:
-        raise ValueError(f"t must be a scalar, got shape {np.shape(t)}")
-    if not isinstance(t, Tracer) and not schedule.t_min <= float(np.asarray(t)) <= schedule.t_max * (1 + 1e-6):
-        raise ValueError(f"t must be within the schedule's {schedule.t_min:g} to {schedule.t_max:g}, got {t}")
-    return _noisy(x_0, jnp.asarray(t, widest(jax.tree.leaves(x_0))), schedule, key)
-
-
-def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule, key: jax.Array) -> Inpainting:
+def inpaint(
+    denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule, *, key: jax.Array
+) -> Inpainting:
     """Keeps a known region and lets the network fill in the rest, with every solver.
 
     Before every model call the state in the known region is set to the known data with the noise of the current
     level, alpha(t) known + sigma(t) eps with one eps for the run, and the data prediction there to the known data. The
-    rest comes out near its distribution given the known region, not exactly in it, however many steps are taken.
+    result has the known data exactly. The rest comes out near its distribution given the known region, not exactly in it, however many steps are taken.
 
     Args:
       denoise: denoise(x, t) -> x_0.
@@ -75,14 +54,14 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
       mask: booleans, True where known, that broadcast against each leaf of the state: (H, W, 1) or (B, H, W, 1) for
         images (B, H, W, C); for a pytree one array for all leaves, or a pytree like it.
       schedule: the noise schedule.
-      key: a JAX random key, for eps.
+      key: a random key for eps, or one for each sample (B,), with which sample k depends on key k alone.
 
     Returns:
       The denoiser and the hook for `sample(..., on_state=...)`.
 
     Raises:
-      TypeError: when the mask is not boolean, known is not floating-point, the schedule is something else, or key is
-        None; when called, when the structures of known, mask and state differ.
+      TypeError: when the mask is not boolean, known is not floating-point, the schedule is something else, or key
+        is no random key; when called, when the structures of known, mask and state differ.
       ValueError: when known has no batch axis; when called, when known or the mask does not broadcast to the state.
 
     References:
@@ -92,13 +71,16 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> times, key = ed.grids.log_snr(schedule, 10), jax.random.key(0)
-      >>> x_T = schedule.t_max * jax.random.normal(key, (4, 8))
+      >>> x_T = schedule.noise(key, (4, 8))
       >>> known, mask = jax.numpy.ones((4, 8)), jax.numpy.arange(8) < 3
-      >>> denoise, on_state = inpaint(lambda x, t: x / (1 + t**2), known, mask, schedule, key)
-      >>> x = ed.sample(denoise, x_T, times, schedule, on_state=on_state)
+      >>> denoise, on_state = inpaint(lambda x, t: x / (1 + t**2), known, mask, schedule, key=key)
+      >>> x = ed.sample(denoise, x_T, ed.plan(schedule, times, ed.solvers.unipc(2)), on_state=on_state)
+      >>> x[0, :3].tolist()
+      [1.0, 1.0, 1.0]
     """
     known = check_state(known, "known")
-    _check(schedule, key)
+    check_schedule(schedule)
+    check_keys(key, np.shape(key)[0] if np.ndim(key) else 1)
     for leaf in jax.tree.leaves(mask) or [mask]:
         if not isinstance(leaf, np.ndarray | jax.Array | bool) or jnp.result_type(leaf) != jnp.bool_:
             got = getattr(leaf, "dtype", leaf)
@@ -131,43 +113,43 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
     def inpainted(x: State, t: Any, *conditions: Any) -> State:
         return put(like(x), as_state(denoise(x, t, *conditions), x, "denoise(x, t)"))
 
-    def on_state(x: State, t: Any) -> State:
-        return put(_noisy(like(x), t, schedule, key), x)
+    def on_state(x: State, t: Any, index: Any, _: Any) -> State:
+        values = like(x)
+        wide = jnp.asarray(t, widest(jax.tree.leaves(x)))
+        noisy = schedule.add_noise(values, wide, check_keys(key, batch_size(x)))
+        return put(jax.tree.map(lambda a, b: jnp.where(index < 0, a, b), values, noisy), x)
 
     return Inpainting(inpainted, on_state)
 
 
-def invert(
-    denoise: Denoiser, x_0: State, times: ArrayLike, schedule: NoiseSchedule, solver: Solver | None = None
-) -> State:
+def invert(denoise: Denoiser, x_0: State, schedule: NoiseSchedule, times: ArrayLike, solver: Solver) -> State:
     """Runs the probability-flow ODE from data to noise: the x_T from which `sample` comes back to x_0.
 
-    The same solver on the same times, taken upwards. Coming back is exact only as steps get small; what is left at 50
-    calls is printed by `benchmarks/inversion.py` and stands in the README. `evodiff_reference` is no use here: its last
-    step scales the state.
+    The same solver on the same times, taken upwards. Coming back is exact only as steps get small;
+    `benchmarks/inversion.py` prints what is left at 50 calls. `evodiff` comes back worst, as its order is 1.
 
     Args:
       denoise: as for `sample`.
       x_0: the data at times[-1], (B, ...) or a pytree of such.
-      times: (N + 1,) the strictly decreasing times of the run that is to come back.
       schedule: the model's noise schedule.
-      solver: a deterministic one of `evodiff_jax.solvers`, by default evodiff().
+      times: (N + 1,) the strictly decreasing times of the run that is to come back.
+      solver: a deterministic one of `evodiff_jax.solvers`.
 
     Returns:
       The state at times[0], of the structure, shapes and dtypes of x_0.
 
     Raises:
-      TypeError: as `sample`.
-      ValueError: as `sample`, or when the solver is stochastic, sigma is 0 at times[-1] or alpha is 0 at times[0].
+      TypeError: as `sample` and `plan`.
+      ValueError: as `sample` and `plan`, or when the solver is stochastic, sigma is 0 at times[-1] or alpha is 0 at
+        times[0].
 
     References:
       Song, Meng, Ermon, arXiv 2010.02502, section 4.3; Dhariwal & Nichol, arXiv 2105.05233, appendix F.
     """
-    x_0 = check_state(x_0, "x_0")
     check_schedule(schedule)
-    solver = plans.check_solver(solver)
-    downwards = plans.check_times(times, schedule)
-    if solver.table(schedule, downwards).noise is not None:
+    check_solver(solver)
+    downwards = check_times(times, schedule)
+    if plan_from_times(schedule, downwards, solver).table.noise is not None:
         raise ValueError(f"invert needs a deterministic solver, got {solver.name}, which adds noise")
     upwards = downwards[::-1]
     if isinstance(upwards, np.ndarray) and not np.isfinite(on_host(schedule.lambda_, upwards[[0, -1]])).all():
@@ -175,8 +157,7 @@ def invert(
             f"invert needs sigma > 0 at times[-1] = {upwards[0]:g} and alpha > 0 at times[0] = {upwards[-1]:g}, where "
             "data and noise are told apart: choose times within, for example with a grid's start and end"
         )
-    plan = kernel.for_state(plans.from_times(schedule, upwards, solver), x_0, None)
-    return run(denoise, x_0, plan, None, None, remat=False)
+    return sample(denoise, x_0, plan_from_times(schedule, upwards, solver))
 
 
 def slerp(x_a: State, x_b: State, weight: ArrayLike) -> State:
@@ -223,25 +204,6 @@ def slerp(x_a: State, x_b: State, weight: ArrayLike) -> State:
         return (from_a * wide_a + from_b * wide_b).astype(a.dtype)
 
     return jax.tree.map(interpolate, x_a, x_b, weights)
-
-
-def _check(schedule: Any, key: Any) -> None:
-    check_schedule(schedule)
-    if key is None:
-        raise TypeError("key must be a JAX random key, for example jax.random.key(0), got None")
-
-
-def _noisy(x_0: State, t: jax.Array, schedule: NoiseSchedule, key: jax.Array) -> State:
-    leaves, structure = jax.tree.flatten(x_0)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-
-    def noisy(x: jax.Array, key: jax.Array) -> jax.Array:
-        wide = at_least_float32(x.dtype)
-        noise = jax.random.normal(key, x.shape, wide)
-        return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
-
-    keys = leaf_keys(key, len(leaves))
-    return jax.tree.unflatten(structure, [noisy(x, k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

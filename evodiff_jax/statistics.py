@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.denoisers import Denoiser
 from evodiff_jax.files import write_atomically
 from evodiff_jax.numerics import at_least_float32, on_host
 from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.types import Denoiser
 
 _FORMAT = "evodiff_jax/model_statistics/1"
 # Where the model is smooth f goes from kappa^-2 at high noise to kappa at low noise: s lies between 2 and -1. Estimates
@@ -55,6 +55,7 @@ def estimate(
     denoise: Denoiser,
     x_0: ArrayLike,
     schedule: NoiseSchedule,
+    *,
     key: jax.Array,
     num_levels: int = 120,
     batch_size: int | None = None,

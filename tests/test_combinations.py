@@ -55,7 +55,8 @@ def denoiser(prediction, guidance, thresholding):
 
 @functools.cache
 def start(solver):
-    return ed.stepping.init(X_T, ed.plan(VP, TIMES, EVERY_SOLVER[solver]), KEY)
+    plan = ed.plan(VP, TIMES, EVERY_SOLVER[solver])
+    return plan, ed.init(X_T, plan, key=KEY)
 
 
 @pytest.mark.parametrize("thresholding", THRESHOLDING)
@@ -64,10 +65,10 @@ def start(solver):
 @pytest.mark.parametrize("solver", EVERY_SOLVER)
 def test_every_combination_runs(solver, prediction, guidance, thresholding):
     """Step by step, so that a solver is compiled once and so is a denoiser."""
-    denoise, state = denoiser(prediction, guidance, thresholding), start(solver)
+    denoise, (plan, state) = denoiser(prediction, guidance, thresholding), start(solver)
     while not state.done:
         m = denoise(state.x, state.t)
-        state = ed.stepping.update(state, m)
+        state = ed.update(state, m, plan)
         assert thresholding == "none" or np.abs(m).max() <= 1 + 1e-6
     assert state.x.shape == X_T.shape
     assert state.x.dtype == jnp.float32

@@ -1,5 +1,6 @@
-"""What holds for every solver: calls, tracing, transformations, dtypes, errors."""
+"""What holds of the one loop for every solver: calls, plans as arguments, dtypes, traces, gradients, keys, hooks."""
 
+import dataclasses
 import functools
 
 import chex
@@ -7,277 +8,601 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import SCHEDULES, initial_state, mixture
+from exact_models import SCHEDULES, SOLVERS, initial_state, mixture
 
 import evodiff_jax as ed
-from evodiff_jax.solvers import SOLVERS
+from evodiff_jax.numerics import enable_x64
+from evodiff_jax.solvers import FORMS
 
 EDM = SCHEDULES["edm"]
-# One of each kind: adaptive, without memory, with a corrector, with noise predictions for outputs.
-KINDS = ("evodiff", "evodiff_reference", "ddim", "unipc", "dpm_solver")
-solvers = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in KINDS], ids=KINDS)
-SHAPES = [(5,), (1, 3), (2, 6), (3, 4, 5), (3, 4, 4, 2), (2, 3, 4, 4, 2)]
+SHAPE = (3, 4, 4, 2)
+KEY = jax.random.key(3)
+MAX_CALLS = 24
+EVERY = {name: make() for name, make in SOLVERS.items()} | {
+    "ancestral": ed.solvers.ddim(eta=1.0),
+    "churned heun": ed.solvers.heun(s_churn=10.0),
+    "sa_solver": ed.solvers.sa_solver(),
+    "dpm_solver_pp 3S": ed.solvers.dpm_solver_pp(3, "singlestep"),
+}
+# One of each kind: two rules, without memory, with a corrector, with noise predictions for outputs, with noise.
+KINDS = ("evodiff", "variance_optimal", "ddim", "unipc-2", "dpm_solver-2", "sa_solver")
+every_solver = pytest.mark.parametrize("name", EVERY)
+kinds = pytest.mark.parametrize("name", KINDS)
 
 
-def gaussian(x, t):
-    """The posterior mean of standard normal data under EDM."""
-    return x / (1 + jnp.asarray(t, x.dtype) ** 2)
+def denoise(x, t):
+    """Smooth, not linear, and quick to compile."""
+    t = jnp.asarray(t, x.dtype)
+    return (x + t * jnp.tanh(x)) / (1 + t**2)
 
 
-@solvers
-@pytest.mark.parametrize(("steps", "denoise_to_zero"), [(1, False), (1, True), (2, True), (7, False), (7, True)])
-def test_exactly_one_call_a_step_at_the_times_of_the_run(solver, steps, denoise_to_zero):
+@jax.jit
+def run(x_T, plan, key=KEY):
+    return ed.sample(denoise, x_T, plan, key=key)
+
+
+@jax.jit
+def run_with_trace(x_T, plan, key=KEY):
+    return ed.sample_with_trace(denoise, x_T, plan, key=key)
+
+
+def plan_of(name, steps=6, grid=ed.grids.karras, schedule=EDM, **options):
+    return ed.plan(schedule, grid(schedule, steps), EVERY[name], **options)
+
+
+def state(dtype=jnp.float32, shape=SHAPE):
+    return initial_state(EDM, shape, dtype)
+
+
+@functools.cache
+def reference(name):
+    """The plain run in float64, of a plan without padding."""
+    with enable_x64():
+        return np.asarray(run(state(jnp.float64), plan_of(name, denoise_to_zero=True)))
+
+
+# -- calls and compilations
+
+
+@every_solver
+def test_the_model_is_called_as_often_as_the_plan_says_at_its_times(name):
     called = []
 
     def counting(x, t):
-        jax.debug.callback(lambda t: called.append(float(t)), t, ordered=True)
-        return gaussian(x, t)
+        jax.debug.callback(lambda t: called.append(t), t, ordered=True)
+        return denoise(x, t)
 
-    times = ed.grids.log_snr(EDM, steps)
-    x_T = initial_state(EDM, (2, 4, 4, 2))
-    ed.sample(counting, x_T, times, EDM, solver, denoise_to_zero=denoise_to_zero).block_until_ready()
-    jax.effects_barrier()
-    np.testing.assert_allclose(called, times if denoise_to_zero else times[:-1], rtol=1e-6)
+    sample = jax.jit(lambda x, plan: ed.sample(counting, x, plan, key=KEY))
+    for steps, to_zero in ((5, True), (3, False), (1, True), (1, False)):
+        called.clear()
+        plan = plan_of(name, steps, denoise_to_zero=to_zero, max_calls=MAX_CALLS)
+        sample(state(jnp.bfloat16), plan).block_until_ready()
+        jax.effects_barrier()
+        assert called[0].dtype == np.float32  # unrounded, whatever the state
+        np.testing.assert_allclose(called, plan.table.time[: plan.calls], rtol=1e-6)
+    assert sample._cache_size() == 1
 
 
-@solvers
-@pytest.mark.parametrize("denoise_to_zero", [False, True])
-def test_the_network_is_traced_once_and_stands_once_in_the_program(solver, denoise_to_zero):
+@pytest.mark.parametrize("form", ["sample", "remat", "trace", "together"])
+def test_the_network_is_traced_once_and_stands_once_in_the_program(form):
     traces = []
-    weights = jnp.ones((3, 5))
+    weights = jnp.ones((2, 5))
 
     def network(x, t):
         traces.append(t)
-        return gaussian(x, t) + 0 * jnp.tanh(x @ weights @ weights.T)
+        return 0 * jnp.sin(x @ weights @ weights.T)
 
-    sizes = set()
-    for steps in (2, 5, 50):
+    plans = [ed.plan(EDM, ed.grids.log_snr(EDM, 6), solver, max_calls=20) for solver in EVERY.values()]
+    fn = {
+        "sample": lambda plan: ed.sample(network, jnp.ones(SHAPE), plan, key=KEY),
+        "remat": lambda plan: ed.sample(network, jnp.ones(SHAPE), plan, key=KEY, remat=True),
+        "trace": lambda plan: ed.sample_with_trace(network, jnp.ones(SHAPE), plan, key=KEY)[0],
+    }.get(form, jax.vmap(lambda plan: ed.sample(network, jnp.ones(SHAPE), plan, key=KEY)))
+    if form == "together":
+        plans = [ed.stack([plan for plan in plans if plan.rule is None])]
+    for plan in plans if form in ("sample", "together") else plans[:2]:
         traces.clear()
-        times = ed.grids.log_snr(EDM, steps)
-        run = jax.jit(lambda x: ed.sample(network, x, times, EDM, solver, denoise_to_zero))  # noqa: B023
-        lowered = run.lower(jnp.ones((2, 4, 4, 3)))
-        assert len(traces) == 1
-        text = lowered.as_text()
-        assert text.count("stablehlo.tanh") == 1
-        sizes.add(text.count("\n"))
-    assert len(sizes) == 1
+        lowered = jax.jit(fn).lower(plan)
+        assert len(traces) <= 2  # once, and once for its shapes
+        assert lowered.as_text().count("stablehlo.sine") == 1
 
 
-@solvers
+def test_one_program_serves_all_steps_grids_and_solvers_of_one_memory():
+    sample = jax.jit(lambda x_T, plan: ed.sample(denoise, x_T, plan))
+    for solver in (ed.solvers.dpm_solver_pp(2), ed.solvers.dpm_solver_pp(2, "singlestep"), ed.solvers.dpm_solver_pp(2)):
+        for steps in (3, 5, 9):
+            for to_zero in (False, True):
+                plan = ed.plan(EDM, ed.grids.log_snr(EDM, steps), solver, denoise_to_zero=to_zero, max_calls=20)
+                sample(state(), plan)
+    assert sample._cache_size() == 1
+
+
+# -- all forms of the loop are one
+
+
+@every_solver
+def test_padding_changes_nothing(name, x64):
+    for max_calls in (20, MAX_CALLS):
+        x = run(state(jnp.float64), plan_of(name, denoise_to_zero=True, max_calls=max_calls))
+        chex.assert_trees_all_close(x, reference(name), rtol=1e-12, atol=1e-13)
+
+
+@every_solver
+def test_spare_rows_are_never_read(name, x64):
+    plan = plan_of(name, 5, max_calls=MAX_CALLS)
+    spare = np.arange(MAX_CALLS) >= plan.calls
+    assert spare.any()
+
+    def poison(column):
+        return np.where(spare.reshape(-1, *(1,) * (column.ndim - 1)), np.nan, column)
+
+    poisoned = dataclasses.replace(plan, table=jax.tree.map(poison, plan.table))
+    chex.assert_trees_all_equal(run(state(jnp.float64), poisoned), run(state(jnp.float64), plan))
+
+
+@kinds
+def test_without_jit_it_is_the_same(name, x64):
+    with jax.disable_jit():
+        x = ed.sample(denoise, state(jnp.float64), plan_of(name, denoise_to_zero=True), key=KEY)
+    chex.assert_trees_all_close(x, reference(name), rtol=1e-9, atol=1e-11)
+
+
+@every_solver
+def test_a_loop_of_ones_own_is_the_same(name, x64):
+    plan = plan_of(name, denoise_to_zero=True, max_calls=20)
+    now = ed.init(state(jnp.float64), plan, key=KEY)
+    compiled, called = ed.update._cache_size(), []
+    while not now.done:
+        called.append(now.t)
+        following = ed.update(now, denoise(now.x, now.t), plan)
+        chex.assert_trees_all_equal_structs(following, now)
+        chex.assert_trees_all_equal_shapes_and_dtypes(following, now)
+        now = following
+    np.testing.assert_allclose(called, plan.table.time[: plan.calls], rtol=1e-14)
+    chex.assert_trees_all_close(now.x, reference(name), rtol=1e-12, atol=1e-13)
+    assert ed.update._cache_size() - compiled <= 1
+    chex.assert_trees_all_equal(ed.update(now, jnp.full(SHAPE, jnp.nan), plan), now)  # a finished run stays so
+
+
+@pytest.mark.parametrize("name", ["evodiff", "unipc-2", "ancestral"])
+def test_a_loop_of_ones_own_lives_in_compiled_loops_and_side_by_side(name, x64):
+    plan = plan_of(name, denoise_to_zero=True, max_calls=15)
+    step = lambda now: ed.update(now, denoise(now.x, now.t), plan)
+    start = lambda: ed.init(state(jnp.float64), plan, key=KEY)
+    for loop in (
+        lambda: jax.lax.while_loop(lambda now: ~now.done, step, start()),
+        lambda: jax.lax.scan(lambda now, _: (step(now), None), start(), length=20)[0],
+        lambda: jax.tree.map(lambda a: a[1], jax.vmap(lambda _: jax.lax.fori_loop(0, 20, lambda _, n: step(n), start()))(jnp.arange(2))),
+    ):
+        now = jax.jit(loop)()
+        assert bool(now.done)
+        chex.assert_trees_all_close(now.x, reference(name), rtol=1e-12, atol=1e-13)
+
+
+@every_solver
+def test_the_trace_has_the_corrected_states_and_the_result(name, x64):
+    x_T = state(jnp.float64)
+    for steps, to_zero in ((6, True), (3, False)):
+        plan = plan_of(name, steps, denoise_to_zero=to_zero, max_calls=MAX_CALLS)
+        x, trace = run_with_trace(x_T, plan)
+        calls = int(plan.calls)
+        chex.assert_shape(trace.states, (MAX_CALLS + 1, *SHAPE))
+        chex.assert_trees_all_equal(trace.states[calls], x)
+        chex.assert_trees_all_equal(trace.states[0], x_T)
+        np.testing.assert_array_equal(np.asarray(trace.states[calls + 1 :]), 0)
+        np.testing.assert_allclose(trace.times[:calls], plan.table.time[:calls], rtol=1e-14)
+        assert float(trace.times[calls]) == pytest.approx(EDM.t_min)
+        chex.assert_trees_all_close(x, run(x_T, plan), rtol=1e-12, atol=1e-13)
+        if EVERY[name].rule is not None:
+            leaves = jax.tree.leaves(trace.rule)
+            assert leaves
+            for leaf in leaves:
+                assert leaf.shape[:2] == (MAX_CALLS, SHAPE[0])
+                np.testing.assert_array_equal(np.asarray(leaf[calls:]), 0)
+
+
+# -- transformations
+
+
+@kinds
+def test_gradients_of_every_form_are_those_of_finite_differences(name, x64):
+    schedule = ed.schedules.edm(0.05, 10.0)
+    x_T = initial_state(schedule, SHAPE, jnp.float64)
+
+    @functools.partial(jax.jit, static_argnames="remat")
+    def value_and_gradients(x, scale, plan, remat=False):
+        def loss(x, scale):
+            sampled = ed.sample(lambda x, t: scale * mixture(schedule)(x, t), x, plan, key=KEY, remat=remat)
+            return jnp.sum(jnp.sin(sampled))
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(x, scale)
+
+    times = ed.grids.log_snr(schedule, 5)
+    whole, padded = (ed.plan(schedule, times, EVERY[name], max_calls=m) for m in (None, 11))
+    _, (gradient, of_scale) = value_and_gradients(x_T, 1.1, padded)
+    chex.assert_tree_all_finite(gradient)
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=SHAPE))
+    step = 1e-6
+    up, down = (value_and_gradients(x_T + s * direction, 1.1 + s, padded)[0] for s in (step, -step))
+    assert float(jnp.vdot(gradient, direction) + of_scale) == pytest.approx(float((up - down) / (2 * step)), rel=1e-4)
+    for plan, remat in ((whole, False), (padded, True), (whole, True)):
+        _, other = value_and_gradients(x_T, 1.1, plan, remat)
+        chex.assert_trees_all_close(other, (gradient, of_scale), rtol=1e-8, atol=1e-11)
+
+
+@kinds
+def test_plans_can_be_differentiated(name, x64):
+    plan = jax.tree.map(jnp.asarray, plan_of(name, 4))
+    x_T = state(jnp.float64)
+
+    @jax.jit
+    def loss(predictor):
+        table = plan.table._replace(predictor=predictor)
+        return jnp.sum(jnp.sin(ed.sample(denoise, x_T, dataclasses.replace(plan, table=table), key=KEY)))
+
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=plan.table.predictor.shape))
+    numeric = (loss(plan.table.predictor + 1e-6 * direction) - loss(plan.table.predictor - 1e-6 * direction)) / 2e-6
+    gradient = jax.grad(loss)(plan.table.predictor)
+    assert float(jnp.vdot(gradient, direction)) == pytest.approx(float(numeric), rel=1e-4)
+
+
+@every_solver
+def test_vmap_over_runs_and_over_plans(name, x64):
+    x_T = state(jnp.float64, (2, *SHAPE))
+    grids = (ed.grids.log_snr, ed.grids.karras)
+    plans = [plan_of(name, steps, grid, max_calls=MAX_CALLS) for steps, grid in zip((6, 3), grids, strict=True)]
+    separate = [run(x, plan) for x, plan in zip(x_T, plans, strict=True)]
+    stacked = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))(x_T, ed.stack(plans), KEY)
+    for x, expected in zip(stacked, separate, strict=True):
+        chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_stacked_plans_may_differ_in_length_memory_history_and_noise(x64):
+    runs = [
+        ("ddim", 3, True, None),
+        ("dpm_solver-2", 9, False, None),  # remembers noise predictions
+        ("unipc-2", 5, True, 8),
+        ("heun", 3, False, None),
+        ("ancestral", 6, True, None),
+        ("sa_solver", 4, False, 10),
+    ]
+    x_T = state(jnp.float64)
+    plans = [plan_of(n, steps, denoise_to_zero=zero, max_calls=m) for n, steps, zero, m in runs]
+    stacked = ed.stack(plans)
+    np.testing.assert_array_equal(stacked.calls, [4, 9, 6, 6, 7, 4])
+    together = jax.jit(jax.vmap(lambda plan: run(x_T, plan)))
+    for x, plan in zip(together(stacked), plans, strict=True):
+        chex.assert_trees_all_close(x, run(x_T, plan), rtol=1e-12, atol=1e-13)
+    # Spare rows of the shorter ones change nothing, whatever is in them.
+    spare = np.arange(stacked.table.time.shape[1]) >= np.asarray(stacked.calls)[:, None]
+    poison = lambda column: np.where(spare.reshape(*spare.shape, *(1,) * (column.ndim - 2)), np.nan, column)
+    poisoned = dataclasses.replace(stacked, table=jax.tree.map(poison, stacked.table))
+    chex.assert_trees_all_equal(together(poisoned), together(stacked))
+
+
+def test_hooks_and_traces_of_plans_of_different_lengths_side_by_side(x64):
+    """Rows that are padding for one of the plans leave its state alone, hook and all."""
+    x_T = state(jnp.float64)
+    hook = lambda x, t, index, key: x + 0.1
+    plans = [plan_of("unipc-2", 3), plan_of("unipc-2", 6)]
+    traced = lambda plan: ed.sample_with_trace(denoise, x_T, plan, on_state=hook)
+    together, traces = jax.vmap(traced)(ed.stack(plans))
+    for i, plan in enumerate(plans):
+        x, trace = traced(plan)
+        chex.assert_trees_all_close(together[i], x, rtol=1e-12)
+        chex.assert_trees_all_close(traces.states[i, : len(trace.states)], trace.states, rtol=1e-12)
+
+
+def test_gradients_of_stacked_plans(x64):
+    x_T, stacked = state(jnp.float64), ed.stack([plan_of("unipc-2", 3), plan_of("unipc-2", 6)])
+    loss = lambda x, plan: jnp.sum(jnp.sin(ed.sample(denoise, x, plan)))
+    alone = jax.grad(loss)(x_T, plan_of("unipc-2", 3))
+    inside = jax.vmap(jax.grad(loss), in_axes=(None, 0))(x_T, stacked)[0]
+    outside = jax.jacrev(lambda x: jax.vmap(loss, in_axes=(None, 0))(x, stacked))(x_T)[0]
+    chex.assert_trees_all_close(inside, alone, rtol=1e-10)
+    chex.assert_trees_all_close(outside, alone, rtol=1e-10)
+
+
+@every_solver
+def test_traced_times_equal_concrete_ones(name, x64):
+    grids = np.stack([grid(EDM, 5) for grid in (ed.grids.log_snr, ed.grids.karras)])
+    x_T = state(jnp.float64)
+    make = lambda times: ed.plan(EDM, times, EVERY[name], max_calls=15)
+    together = jax.jit(jax.vmap(lambda times: ed.sample(denoise, x_T, make(times), key=KEY)))(grids)
+    for times, x in zip(grids, together, strict=True):
+        chex.assert_trees_all_close(x, run(x_T, make(times)), rtol=1e-9, atol=1e-11)
+
+
+@kinds
+def test_samples_do_not_depend_on_their_batch(name):
+    x_T, order, keys = state(shape=(6, 4, 4, 2)), np.array([3, 0, 5, 1, 4, 2]), jax.random.split(KEY, 6)
+    plan = plan_of(name, 7)
+    whole = run(x_T, plan, keys)
+    chex.assert_trees_all_close(run(x_T[order], plan, keys[order]), whole[order], rtol=1e-5, atol=1e-5)
+    for i in range(6):
+        chex.assert_trees_all_close(run(x_T[i : i + 1], plan, keys[i : i + 1])[0], whole[i], rtol=1e-5, atol=1e-5)
+
+
+# -- shapes and dtypes
+
+
+@kinds
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [*((shape, jnp.float32) for shape in SHAPES), ((3, 4, 4, 2), jnp.bfloat16), ((2, 6), jnp.float16)],
+    [
+        *((shape, jnp.float32) for shape in [(5,), (1, 3), (2, 6), (3, 4, 5), (3, 4, 4, 2), (2, 3, 4, 4, 2)]),
+        ((3, 4, 4, 2), jnp.bfloat16),
+        ((2, 6), jnp.float16),
+    ],
     ids=str,
 )
-def test_any_shape_keeps_its_shape_and_dtype(solver, shape, dtype, strict_promotion):
-    x_T = initial_state(ed.schedules.edm(0.01, 20.0), shape, dtype)
+def test_any_shape_keeps_its_shape_and_dtype_without_implicit_promotion(name, shape, dtype, strict_promotion):
     schedule = ed.schedules.edm(0.01, 20.0)
-    x = ed.sample(gaussian, x_T, ed.grids.log_snr(schedule, 4), schedule, solver)
+    plan = plan_of(name, 4, schedule=schedule, max_calls=6)
+    gaussian = lambda x, t: x / (1 + jnp.asarray(t, x.dtype) ** 2)
+    with jax.numpy_rank_promotion("raise"):
+        x = ed.sample(gaussian, initial_state(schedule, shape, dtype), plan, key=KEY)
+        x_of_update = ed.init(initial_state(schedule, shape, dtype), plan, key=KEY)
+        following = jax.eval_shape(ed.update, x_of_update, jax.ShapeDtypeStruct(shape, jnp.float32), plan)
     chex.assert_shape(x, shape)
-    chex.assert_type(x, dtype)
+    chex.assert_type([x, following.x], dtype)
     chex.assert_tree_all_finite(x)
 
 
-@solvers
-def test_bfloat16_states_follow_float32_ones(solver):
-    x_T = initial_state(EDM, (4, 4, 4, 2))
-    times = ed.grids.log_snr(EDM, 8)
+@kinds
+def test_bfloat16_states_follow_float32_ones(name):
     wide, narrow = (
-        np.asarray(ed.sample(mixture(EDM), x_T.astype(d), times, EDM, solver), np.float32)
+        np.asarray(run(state(shape=(4, 4, 4, 2)).astype(d), plan_of(name, 8)), np.float32)
         for d in (jnp.float32, jnp.bfloat16)
     )
     assert np.median(np.abs(wide - narrow)) < 0.05
 
 
-@solvers
-def test_a_bfloat16_network_leaves_the_state_and_the_times_in_float32(solver):
+@kinds
+def test_a_bfloat16_network_leaves_the_state_and_the_times_in_float32(name):
     seen = []
 
     def network(x, t):
         seen.append((x.dtype, t.dtype, t.shape))
-        return gaussian(x.astype(jnp.bfloat16), t)
+        return denoise(x.astype(jnp.bfloat16), t)
 
-    x = ed.sample(network, initial_state(EDM, (2, 4, 4, 2)), ed.grids.log_snr(EDM, 4), EDM, solver)
+    x = ed.sample(network, state(), plan_of(name, 4), key=KEY)
     assert x.dtype == jnp.float32
     assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"), ())}
 
 
-@solvers
-def test_times_reach_a_bfloat16_model_unrounded(solver):
-    times = ed.grids.log_snr(EDM, 4)
-    seen = []
-
-    def network(x, t):
-        jax.debug.callback(lambda t: seen.append(t), t, ordered=True)
-        return gaussian(x, t)
-
-    ed.sample(network, initial_state(EDM, (2, 3), jnp.bfloat16), times, EDM, solver).block_until_ready()
-    jax.effects_barrier()
-    assert seen[0].dtype == np.float32
-    np.testing.assert_allclose(seen, times[:-1], rtol=1e-6)
+# -- keys
 
 
-class Variants(chex.TestCase):
-    """chex runs each test with and without jit."""
-
-    @chex.variants(with_jit=True, without_jit=True)
-    def test_jit_equals_no_jit(self):
-        x_T = initial_state(EDM, (3, 4, 4, 2))
-        times = ed.grids.karras(EDM, 4)
-        for name in KINDS:
-            sample = functools.partial(ed.sample, mixture(EDM), times=times, schedule=EDM, solver=SOLVERS[name]())
-            x = self.variant(sample)(x_T)
-            with jax.disable_jit():
-                expected = sample(x_T)
-            chex.assert_trees_all_close(x, expected, rtol=2e-4, atol=2e-4)
-
-
-@solvers
-def test_vmap_over_runs_equals_a_loop(solver):
-    times = ed.grids.log_snr(EDM, 6)
-    x_T = initial_state(EDM, (5, 3, 4, 4, 2))
-    sample = jax.jit(lambda x: ed.sample(mixture(EDM), x, times, EDM, solver))
-    together = jax.jit(jax.vmap(sample))(x_T)
-    chex.assert_trees_all_close(together, jnp.stack([sample(x) for x in x_T]), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("name", ["ancestral", "churned heun", "sa_solver"])
+def test_one_key_a_sample_makes_each_sample_its_own(name):
+    keys, plan = jax.random.split(KEY, 3), plan_of(name)
+    whole = run(state(), plan, keys)
+    for order in ([2, 0, 1], [1, 1, 1]):
+        order = np.array(order)
+        chex.assert_trees_all_close(run(state()[order], plan, keys[order]), whole[order], rtol=1e-5, atol=1e-5)
+    other = run(state(), plan, keys.at[0].set(jax.random.key(77)))
+    chex.assert_trees_all_close(other[1:], whole[1:], rtol=1e-6, atol=1e-6)
+    assert np.abs(other[0] - whole[0]).max() > 1e-2
+    now = ed.init(state(), plan, key=keys)
+    while not now.done:
+        now = ed.update(now, denoise(now.x, now.t), plan)
+    chex.assert_trees_all_close(now.x, whole, rtol=1e-4, atol=1e-4)
 
 
-@solvers
-def test_vmap_over_times_equals_a_loop(solver, x64):
-    grids = np.stack([grid(EDM, 6) for grid in (ed.grids.log_snr, ed.grids.karras, ed.grids.time_quadratic)])
-    x_T = initial_state(EDM, (3, 4, 4, 2), jnp.float64)
-    together = jax.jit(jax.vmap(lambda t: ed.sample(mixture(EDM), x_T, t, EDM, solver)))(grids)
-    for times, x in zip(grids, together, strict=True):
-        chex.assert_trees_all_close(x, ed.sample(mixture(EDM), x_T, times, EDM, solver), rtol=1e-10)
-
-
-@solvers
-def test_traced_times_equal_concrete_ones(solver):
-    times = ed.grids.log_snr(EDM, 6)
-    x_T = initial_state(EDM, (3, 4, 4, 2))
-    traced = jax.jit(lambda x, t: ed.sample(mixture(EDM), x, t, EDM, solver))(x_T, times)
-    chex.assert_trees_all_close(traced, ed.sample(mixture(EDM), x_T, times, EDM, solver), rtol=2e-4, atol=2e-4)
-
-
-@solvers
-@pytest.mark.parametrize("shape", [(6, 4, 4, 2), (6, 5)], ids=str)
-def test_samples_do_not_depend_on_their_batch(solver, shape):
-    times = ed.grids.log_snr(EDM, 7)
-    x_T = initial_state(EDM, shape)
-    sample = jax.jit(lambda x: ed.sample(lambda x, t: jnp.tanh(x) / (1 + t), x, times, EDM, solver))
-    whole = sample(x_T)
-    order = np.array([3, 0, 5, 1, 4, 2])
-    chex.assert_trees_all_close(sample(x_T[order]), whole[order], rtol=1e-5, atol=1e-5)
-    for i in range(6):
-        chex.assert_trees_all_close(sample(x_T[i : i + 1])[0], whole[i], rtol=1e-5, atol=1e-5)
-
-
-@solvers
-def test_gradients_are_finite_and_those_of_finite_differences(solver, x64):
-    schedule = ed.schedules.edm(0.05, 10.0)
-    times = ed.grids.log_snr(schedule, 6)
-    x_T = initial_state(schedule, (2, 4, 4, 2), jnp.float64)
-    loss = jax.jit(lambda x: jnp.sum(jnp.sin(ed.sample(mixture(schedule), x, times, schedule, solver))))
-    gradient = jax.grad(loss)(x_T)
-    chex.assert_tree_all_finite(gradient)
-    direction = jnp.asarray(np.random.default_rng(1).normal(size=x_T.shape))
-    step = 1e-6
-    numeric = (loss(x_T + step * direction) - loss(x_T - step * direction)) / (2 * step)
-    assert float(jnp.vdot(gradient, direction)) == pytest.approx(float(numeric), rel=1e-4)
-
-
-@solvers
-def test_the_trace_has_the_states_the_model_saw_corrected(solver):
-    times = ed.grids.log_snr(EDM, 6)
-    x_T = initial_state(EDM, (3, 4, 4, 2))
-    for denoise_to_zero in (False, True):
-        x, trace = ed.sample_with_trace(mixture(EDM), x_T, times, EDM, solver, denoise_to_zero)
-        chex.assert_shape(trace.states, (7, *x_T.shape))
-        np.testing.assert_allclose(trace.times, times, rtol=1e-6)
-        chex.assert_trees_all_equal(trace.states[0], x_T)
-        expected = ed.sample(mixture(EDM), x_T, times, EDM, solver, denoise_to_zero)
-        chex.assert_trees_all_close(x, expected, rtol=1e-5, atol=1e-5)
-        last = trace.states[-1]
-        last = mixture(EDM)(last, jnp.float32(times[-1])) if denoise_to_zero else last
-        chex.assert_trees_all_close(x, last, rtol=1e-4, atol=1e-5)
-
-
-@solvers
-def test_all_solvers_agree_in_the_limit_of_many_steps(solver, x64):
-    schedule = ed.schedules.edm(0.1, 10.0)
-    if solver.name == "evodiff_reference":
-        pytest.skip("its last step scales the sample by 1 - sqrt(sigma_t sigma_0): it does not converge")
-    x_T = initial_state(schedule, (4, 4, 4, 2), jnp.float64)
-    exact = ed.sample(mixture(schedule), x_T, ed.grids.log_snr(schedule, 4000), schedule, ed.solvers.ddim())
-    x = ed.sample(mixture(schedule), x_T, ed.grids.log_snr(schedule, 400), schedule, solver)
-    assert float(jnp.sqrt(jnp.mean((x - exact) ** 2))) < 0.01
-
-
-def test_ddim_is_exact_for_gaussian_data_in_the_limit_and_contracts_as_the_ode_does(x64):
-    x_T = initial_state(EDM, (4, 3), jnp.float64)
-    x = ed.sample(gaussian, x_T, ed.grids.log_snr(EDM, 20000), EDM, ed.solvers.ddim())
-    np.testing.assert_allclose(x, x_T * np.sqrt((1 + EDM.t_min**2) / (1 + EDM.t_max**2)), rtol=1e-3)
-
-
-def test_stochastic_ddim_has_the_exact_covariance_and_depends_on_its_key_alone():
-    schedule = SCHEDULES["vp_linear"]
-
-    def denoise(x, t):
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * x
-
-    times = ed.grids.log_snr(schedule, 800)
-    x_T = initial_state(schedule, (20000, 2))
-    ancestral = ed.solvers.ddim(eta=1.0)
-    sample = jax.jit(lambda key: ed.sample(denoise, x_T, times, schedule, ancestral, key=key))
-    x = sample(jax.random.key(0))
-    np.testing.assert_allclose(np.cov(x.T), 0.25 * np.eye(2), atol=0.01)
-    chex.assert_trees_all_equal(x, sample(jax.random.key(0)))
-    assert np.max(np.abs(x - sample(jax.random.key(1)))) > 0.1
-
-
-def test_ddim_without_noise_is_the_deterministic_one(x64):
-    times = ed.grids.karras(EDM, 5)
-    x_T = initial_state(EDM, (4, 3), jnp.float64)
-    little = ed.sample(gaussian, x_T, times, EDM, ed.solvers.ddim(eta=1e-9), key=jax.random.key(0))
-    chex.assert_trees_all_close(little, ed.sample(gaussian, x_T, times, EDM, ed.solvers.ddim()), atol=1e-7)
-
-
-X = np.ones((2, 3), np.float32)
-TIMES = ed.grids.log_snr(EDM, 4)
+def test_raw_keys_are_keys_too():
+    plan = plan_of("ancestral")
+    for old, new in (
+        (jax.random.PRNGKey(3), KEY),
+        (jax.random.split(jax.random.PRNGKey(3), 3), jax.random.split(KEY, 3)),
+    ):
+        chex.assert_trees_all_equal(run(state(), plan, old), run(state(), plan, new))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("key", "error", "message"),
     [
-        ({"x_T": np.ones((2, 3), int)}, TypeError, "x_T must be floating-point, got int"),
-        ({"x_T": np.ones((2, 3), complex)}, TypeError, "x_T must be floating-point, got complex"),
-        ({"x_T": np.float32(1)}, ValueError, "batch axis"),
-        ({"times": TIMES[:1]}, ValueError, "N \\+ 1 >= 2 times"),
-        ({"times": TIMES[None]}, ValueError, "in one dimension"),
-        ({"times": TIMES[::-1]}, ValueError, "strictly decreasing.*times\\[0\\] = 0.002"),
-        ({"times": np.array([3.0, 2.0, 2.0, 1.0])}, ValueError, "times\\[1\\] = 2.0 and times\\[2\\] = 2.0"),
-        ({"times": np.array([3.0, np.nan])}, ValueError, "finite"),
-        ({"times": np.array([81.0, 1.0])}, ValueError, "within the schedule's 0.002 to 80.0"),
-        ({"times": np.array([80.0, 0.0])}, ValueError, "within the schedule's"),
-        ({"solver": ed.solvers.ddim(eta=1.0)}, ValueError, "stochastic: pass key"),
-        ({"solver": ed.solvers.evodiff}, TypeError, "solver must be a Solver"),
-        ({"solver": "evodiff"}, TypeError, "solver must be a Solver"),
-        ({"schedule": ed.schedules.edm}, TypeError, "schedule must be a NoiseSchedule"),
-        ({"denoise": lambda x, t: None}, TypeError, "it returned NoneType"),
-        ({"denoise": lambda x, t: (x, x)}, TypeError, "it returned tuple"),
-        ({"denoise": lambda x, t: x > 0}, TypeError, "an array of bool"),
-        ({"denoise": lambda x, t: x[:1]}, ValueError, "the shape of x, \\(2, 3\\), it returned \\(1, 3\\)"),
-        ({"x_T": np.ones((2, 4, 4, 2), np.float32), "solver": ed.solvers.evodiff(7)}, ValueError, "channel_axis=7"),
+        (0, TypeError, r"key must be a JAX random key, got 0: pass .*jax.random.key\(0\)"),
+        (0.5, TypeError, "key must be a JAX random key, got 0.5"),
+        ("seed", TypeError, "key must be a JAX random key, got 'seed'"),
+        (np.zeros(3), TypeError, r"got an array of float64 \(3,\)"),
+        (np.zeros((2, 3), np.uint32), TypeError, r"got an array of uint32 \(2, 3\)"),
+        (jax.random.split(KEY, 4), ValueError, r"one for each of the 3 samples, got \(4,\) keys"),
     ],
 )
-@pytest.mark.parametrize("sample", [ed.sample, ed.sample_with_trace])
-def test_bad_arguments_are_errors_before_compilation(arguments, error, message, sample):
-    arguments = {"denoise": gaussian, "x_T": X, "times": TIMES, "schedule": EDM, **arguments}
-    with pytest.raises(error, match=message):
-        sample(**arguments)
+def test_what_is_no_key_is_an_error(key, error, message):
+    for fn in (
+        lambda: ed.sample(denoise, state(), plan_of("ancestral"), key=key),
+        lambda: ed.init(state(), plan_of("ancestral"), key=key),
+        lambda: EDM.noise(key, SHAPE),
+        lambda: EDM.add_noise(state(), 1.0, key),
+    ):
+        with pytest.raises(error, match=message):
+            jax.eval_shape(fn)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
-def test_bad_ddim_eta(eta):
-    with pytest.raises(ValueError, match="0 <= eta <= 1"):
-        ed.solvers.ddim(eta)
+# -- hooks
+
+
+def test_a_hook_sees_every_call_and_the_result_with_its_number_and_a_key_of_its_own():
+    seen, on_data = [], []
+
+    def hook(x, t, index, key):
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda *a: seen.append([np.asarray(v) for v in a]), t, index, data, ordered=True)
+        return x
+
+    def hooked(x, t):
+        jax.debug.callback(lambda t: on_data.append(float(t)), t, ordered=True)
+        return denoise(x, t)
+
+    plan = plan_of("unipc-2", 4, max_calls=9)
+    x = jax.jit(lambda x, plan: ed.sample(hooked, x, plan, on_state=hook, key=KEY))(state(), plan)
+    jax.effects_barrier()
+    np.testing.assert_allclose(on_data, plan.table.time[:4], rtol=1e-6)
+    np.testing.assert_allclose([t for t, *_ in seen], [*plan.table.time[:4], EDM.t_min], rtol=1e-6)
+    assert [int(index) for _, index, _ in seen] == [0, 1, 2, 3, -1]
+    assert len({data.tobytes() for *_, data in seen}) == 5
+    np.testing.assert_allclose(x, run(state(), plan), rtol=1e-5, atol=1e-6)
+
+
+def test_a_hook_without_a_key_gets_none_and_one_key_a_sample_as_many():
+    keys = []
+
+    def hook(x, t, index, key):
+        keys.append(None if key is None else key.shape)
+        return x
+
+    ed.sample(denoise, state(), plan_of("ddim"), on_state=hook)
+    ed.sample(denoise, state(), plan_of("ddim"), on_state=hook, key=jax.random.split(KEY, 3))
+    assert set(keys) == {None, (3,)}
+
+
+@every_solver
+def test_hooks_act_before_every_call_and_on_the_result_in_every_form_of_the_loop(name):
+    halve = lambda x, t, index, key: x.at[..., 1].multiply(0.5)
+    seen = []
+
+    def watched(x, t):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
+        return denoise(x, t)
+
+    plan, padded = plan_of(name, 4), plan_of(name, 4, max_calls=15)
+    x, trace = ed.sample_with_trace(watched, state(), plan, on_state=halve, key=KEY)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen[0], halve(state(), 0, 0, None), rtol=1e-6)
+    np.testing.assert_array_equal(trace.states[-1], x)
+    for other in (
+        ed.sample(denoise, state(), padded, on_state=halve, key=KEY),
+        ed.sample(denoise, state(), padded, on_state=halve, key=KEY, remat=True),
+    ):
+        np.testing.assert_allclose(other, x, rtol=1e-4, atol=1e-5)
+    zero = ed.sample(denoise, state(), padded, on_state=lambda x, *_: jnp.zeros_like(x), key=KEY)
+    np.testing.assert_array_equal(zero, 0)
+
+
+def test_the_hook_does_not_touch_the_data_that_denoise_to_zero_returns():
+    zero = lambda x, *_: jnp.zeros_like(x)
+    plan = plan_of("unipc-2", 4, denoise_to_zero=True)
+    np.testing.assert_array_equal(ed.sample(lambda x, t: x + 3, state(), plan, on_state=zero), 3)
+
+
+# -- convergence, and noise
+
+
+@kinds
+def test_all_solvers_agree_in_the_limit_of_many_steps(name, x64):
+    schedule = ed.schedules.edm(0.1, 10.0)
+    if EVERY[name].name == "sa_solver":
+        pytest.skip("stochastic")
+    x_T = initial_state(schedule, (4, 4, 4, 2), jnp.float64)
+    sample = jax.jit(lambda plan: ed.sample(mixture(schedule), x_T, plan))
+    exact = sample(plan_of("unipc-2", 800, ed.grids.log_snr, schedule))
+    x = sample(plan_of(name, 400, ed.grids.log_snr, schedule))
+    assert float(jnp.sqrt(jnp.mean((x - exact) ** 2))) < 0.01
+
+
+def test_ddim_contracts_gaussian_data_as_the_ode_does(x64):
+    gaussian = lambda x, t: x / (1 + t**2)
+    x_T = state(jnp.float64, (4, 3))
+    x = ed.sample(gaussian, x_T, plan_of("ddim", 20000, ed.grids.log_snr))
+    np.testing.assert_allclose(x, x_T * np.sqrt((1 + EDM.t_min**2) / (1 + EDM.t_max**2)), rtol=1e-3)
+
+
+def test_ddim_with_hardly_any_noise_is_the_deterministic_one(x64):
+    times = ed.grids.karras(EDM, 5)
+    little = ed.sample(denoise, state(jnp.float64), ed.plan(EDM, times, ed.solvers.ddim(eta=1e-9)), key=KEY)
+    chex.assert_trees_all_close(little, run(state(jnp.float64), plan_of("ddim", 5)), atol=1e-7)
+
+
+# -- pytrees
+
+
+def latents(dtype=jnp.float32):
+    """Image and audio latents."""
+    return {"audio": (initial_state(EDM, (3, 7), dtype, seed=1),), "image": state(dtype)}
+
+
+def of_each(x, t):
+    """Every leaf by a model of its own."""
+    return {"audio": (jnp.tanh(x["audio"][0] / (1 + t**2)),), "image": denoise(x["image"], t)}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_leaves_with_models_of_their_own_run_as_each_alone(name, x64):
+    x_T, plan = latents(jnp.float64), plan_of(name)
+    x = jax.jit(lambda x_T, plan: ed.sample(of_each, x_T, plan))(x_T, plan)
+    chex.assert_trees_all_equal_shapes_and_dtypes(x, x_T)
+    audio = ed.sample(lambda x, t: jnp.tanh(x / (1 + t**2)), x_T["audio"][0], plan)
+    np.testing.assert_allclose(x["image"], run(x_T["image"], plan), rtol=1e-10)
+    np.testing.assert_allclose(x["audio"][0], audio, rtol=1e-10)
+
+
+JOINT = [ed.solvers.evodiff(channel_axis=None, per_leaf=False), ed.solvers.variance_optimal(per_leaf=False)]
+
+
+@pytest.mark.parametrize("solver", JOINT, ids=lambda s: s.name)
+def test_sums_over_leaves_are_those_of_one_vector(solver, x64):
+    """A vector cut in two and put back in the model: one choice of coefficients for both parts."""
+    cut = lambda x: {"first": x[:, :20], "rest": x[:, 20:].reshape(-1, 4, 3)}
+    joined = lambda parts: jnp.concatenate([parts["first"], parts["rest"].reshape(-1, 12)], axis=1)
+    x_T, times = state(jnp.float64, (3, 32)), ed.grids.log_snr(EDM, 6)
+    alone = solver._replace(rule=dataclasses.replace(solver.rule, per_leaf=True))
+    whole, trace = ed.sample_with_trace(denoise, x_T, ed.plan(EDM, times, alone))
+    parts, of_parts = ed.sample_with_trace(
+        lambda x, t: cut(denoise(joined(x), t)), cut(x_T), ed.plan(EDM, times, solver)
+    )
+    np.testing.assert_allclose(joined(parts), whole, rtol=1e-10)
+    chex.assert_trees_all_close(of_parts.rule, trace.rule, rtol=1e-8)
+    per_leaf, of_leaves = ed.sample_with_trace(
+        lambda x, t: cut(denoise(joined(x), t)), cut(x_T), ed.plan(EDM, times, alone)
+    )
+    assert np.abs(joined(per_leaf) - whole).max() > 1e-6
+    assert set(of_leaves.rule) == {"first", "rest"}
+
+
+@pytest.mark.parametrize("solver", [EVERY["evodiff"], JOINT[0], EVERY["ancestral"]], ids=["per leaf", "joint", "noise"])
+def test_every_form_of_the_loop_takes_pytrees(solver, x64):
+    x_T, times = latents(jnp.float64), ed.grids.log_snr(EDM, 5)
+    plan, padded = ed.plan(EDM, times, solver), ed.plan(EDM, times, solver, max_calls=9)
+    x, trace = ed.sample_with_trace(of_each, x_T, padded, key=KEY)
+    chex.assert_shape(trace.states["image"], (10, *SHAPE))
+    now = ed.init(x_T, plan, key=KEY)
+    while not now.done:
+        now = ed.update(now, of_each(now.x, now.t), plan)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), x_T)
+    mapped = jax.vmap(lambda x: ed.sample(of_each, x, plan, key=KEY))(several)
+    remat = ed.sample(of_each, x_T, padded, key=KEY, remat=True)
+    for other in (now.x, remat, jax.tree.map(lambda leaf: leaf[0], mapped)):
+        chex.assert_trees_all_close(other, x, rtol=1e-9)
+    gradient = jax.grad(lambda x: jnp.sum(ed.sample(of_each, x, plan, key=KEY)["image"] ** 2))(x_T)
+    chex.assert_tree_all_finite(gradient)
+
+
+def test_noise_differs_between_leaves():
+    x_T = {"a": jnp.zeros((500, 2)), "b": jnp.zeros((500, 2))}
+    for key in (KEY, jax.random.split(KEY, 500)):
+        x = ed.sample(lambda x, t: x, x_T, plan_of("ancestral"), key=key)
+        assert abs(np.corrcoef(x["a"].ravel(), x["b"].ravel())[0, 1]) < 0.1
+
+
+def test_leaves_keep_dtypes_of_their_own(strict_promotion):
+    x_T = {"low": state(jnp.bfloat16), "high": state()}
+    model = lambda x, t: jax.tree.map(lambda a: (a.astype(jnp.float32) / (1 + t**2)).astype(a.dtype), x)
+    for solver in (EVERY["evodiff"], *JOINT, EVERY["unipc-2"]):
+        x = ed.sample(model, x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 6), solver))
+        chex.assert_trees_all_equal_dtypes(x, x_T)
+        np.testing.assert_allclose(x["low"].astype(jnp.float32), x["high"], atol=0.1)
+
+
+# -- the registry
+
+
+def test_the_registry_tells_what_its_solvers_do():
+    for name, form in FORMS.items():
+        plan = ed.plan(EDM, ed.grids.log_snr(EDM, 7), form.make())
+        assert int(plan.calls) == 7 * form.calls, name
+        assert (plan.table.noise is not None) == form.stochastic == (form.order is None), name
+        corrects = plan.rule is not None or bool(np.abs(plan.table.corrector).max() > 0)
+        assert corrects == form.corrects, name
+        assert form.make() is form.make()

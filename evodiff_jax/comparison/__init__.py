@@ -8,11 +8,11 @@ from evodiff_jax.comparison._plots import check_plots
 from evodiff_jax.comparison._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture
 from evodiff_jax.comparison._report import REFERENCE, SUBJECT, standings
 from evodiff_jax.comparison._results import Ratio, Result, best_grids, compare, ratios
-from evodiff_jax.comparison._runs import FORMS, Problem, converged, make_sampler, runs, times_of
+from evodiff_jax.comparison._runs import DETERMINISTIC, Problem, converged, make_sampler, runs, times_of
 from evodiff_jax.comparison._store import check_store
 
 __all__ = [
-    "FORMS",
+    "DETERMINISTIC",
     "MIXTURES",
     "REFERENCE",
     "SUBJECT",

@@ -55,7 +55,7 @@ def exact(
     """
     check_store(folder / name, {"samples": samples, "seed": seed})
     schedule = edm()
-    denoise = gaussian_mixture(centers, std, schedule)
+    denoise = gaussian_mixture(schedule, centers, std)
     noise = schedule.t_max * np.random.default_rng(seed).standard_normal((samples, *centers.shape[1:]), np.float32)
     random = np.random.default_rng(2)
     draws = random.choice(centers, _EXACT_DRAWS) + std * random.standard_normal((_EXACT_DRAWS, *centers.shape[1:]))

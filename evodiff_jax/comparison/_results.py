@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evodiff_jax.comparison._runs import FORMS, Problem, Run, converged, make_sampler, runs
+from evodiff_jax.comparison._runs import DETERMINISTIC, Problem, Run, converged, make_sampler, runs
 from evodiff_jax.comparison._store import Figures, path_of, stored
 from evodiff_jax.grids import Grid
 from evodiff_jax.metrics import (
@@ -39,6 +39,7 @@ class Result(NamedTuple):
       rms: its root mean square, in which the few samples that end elsewhere weigh most.
       samples: the number of samples.
       blown_up: the number of them that are not finite.
+      digest: of the solver, see `digest_of_plan`.
     """
 
     problem: str
@@ -52,10 +53,11 @@ class Result(NamedTuple):
     rms: Estimate
     samples: int
     blown_up: int
+    digest: str
 
     def path(self, folder: Path) -> Path:
         """Where the samples are that `compare` stored in `folder`."""
-        return path_of(folder / self.problem, self.solver, self.grid, self.calls)
+        return path_of(folder / self.problem, self.solver, self.grid, self.calls, self.digest)
 
 
 class Ratio(NamedTuple):
@@ -85,7 +87,7 @@ def compare(
     grids: dict[str, Grid],
     calls: Iterable[int],
     folder: Path,
-    solvers: dict[str, Callable[[], Solver]] = FORMS,
+    solvers: dict[str, Callable[[], Solver]] = DETERMINISTIC,
     resamples: int = 100,
     stored_only: bool = False,
 ) -> Iterator[Result]:
@@ -110,7 +112,7 @@ def compare(
     judge, calls = _Judge(problem, folder, resamples), sorted(calls)
     samplers = {}
     for run in runs(problem.schedule, grids, calls, solvers):
-        path = path_of(folder / problem.name, run.solver, run.grid, run.calls)
+        path = path_of(folder / problem.name, run.solver, run.grid, run.calls, run.digest)
         if stored_only and not path.exists():
             continue
 
@@ -123,7 +125,7 @@ def compare(
         x = stored(path, make)
         blown_up = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))
         figures = *judge.distances_of(x), *judge.errors_of(x)
-        yield Result(problem.name, run.grid, run.solver, run.calls, *figures, len(x), blown_up)
+        yield Result(problem.name, run.grid, run.solver, run.calls, *figures, len(x), blown_up, run.digest)
 
 
 def converged_distance(problem: Problem, folder: Path, resamples: int = 100) -> Estimate:

@@ -1,6 +1,5 @@
 """A model with its noise, the runs of solvers on it, and how they are made."""
 
-import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,32 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from evodiff_jax.comparison._store import stored
+from evodiff_jax.comparison._store import digest_of_plan, stored
 from evodiff_jax.grids import Grid, log_snr
-from evodiff_jax.plans import plan
-from evodiff_jax.sampling import sample_plan
+from evodiff_jax.sampling import plan, sample
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import SOLVERS, deis, dpm_solver, dpm_solver_pp, ipndm, ipndm_v, unipc
+from evodiff_jax.solvers import FORMS, unipc
 from evodiff_jax.tables import Plan, Solver
 
 _CONVERGED_STEPS = 200
 
-# Every deterministic solver in the forms that people use: a family's name, and its order where it has several.
-FORMS: dict[str, Callable[[], Solver]] = {
-    **{name: SOLVERS[name] for name in ("evodiff", "evodiff_reference", "ddim", "heun", "dpm_2")},
-    **{
-        f"{make.__name__}-{order}": functools.partial(make, order)
-        for make, orders in (
-            (dpm_solver, (2, 3)),
-            (dpm_solver_pp, (2, 3)),
-            (unipc, (2, 3)),
-            (deis, (2, 3)),
-            (ipndm, (2, 3, 4)),
-            (ipndm_v, (2, 4)),
-        )
-        for order in orders
-    },
-}
+# Every deterministic solver in the forms that people use.
+DETERMINISTIC: dict[str, Callable[[], Solver]] = {n: form.make for n, form in FORMS.items() if not form.stochastic}
 
 
 class Problem(NamedTuple):
@@ -74,23 +58,25 @@ class Run(NamedTuple):
       grid: the grid's name.
       calls: the number of model calls of a sample.
       times: the times of its steps.
+      digest: of the solver, see `digest_of_plan`.
     """
 
     solver: str
     grid: str
     calls: int
     times: np.ndarray
+    digest: str
 
 
 def runs(
     schedule: NoiseSchedule,
     grids: dict[str, Grid],
     calls: Iterable[int],
-    solvers: dict[str, Callable[[], Solver]] = FORMS,
+    solvers: dict[str, Callable[[], Solver]] = DETERMINISTIC,
 ) -> list[Run]:
     """Every solver on every grid at every number of model calls that it can take."""
     found = [
-        Run(solver, name, count, times)
+        Run(solver, name, count, times, digest_of_plan(plan(schedule, times, make())))
         for solver, make in solvers.items()
         for name, grid in grids.items()
         for count in sorted(set(calls))
@@ -106,13 +92,16 @@ def converged(problem: Problem, folder: Path, steps: int = _CONVERGED_STEPS) -> 
       ValueError: when they are not finite.
     """
 
+    times = log_snr(problem.schedule, steps)
+
     def make() -> np.ndarray:
-        x = make_sampler(problem, unipc(3), steps)(log_snr(problem.schedule, steps))
+        x = make_sampler(problem, unipc(3), steps)(times)
         if not np.isfinite(x).all():
             raise ValueError(f"the converged samples of {problem.name} are not finite: the model is unusable")
         return x
 
-    return stored(folder / problem.name / f"converged_{steps}.npy", make)
+    digest = digest_of_plan(plan(problem.schedule, times, unipc(3)))
+    return stored(folder / problem.name / f"converged_{steps}_{digest}.npy", make)
 
 
 def times_of(schedule: NoiseSchedule, grid: Grid, solver: Solver, calls: int) -> np.ndarray | None:
@@ -129,7 +118,7 @@ def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[
 
     @jax.jit
     def run(params: Any, x_T: jax.Array, condition: Any, laid_out: Plan) -> jax.Array:
-        return sample_plan(lambda x, t: problem.denoise(params, x, t, condition), x_T, laid_out)
+        return sample(lambda x, t: problem.denoise(params, x, t, condition), x_T, laid_out)
 
     def sampler(times: np.ndarray) -> np.ndarray:
         laid_out = plan(problem.schedule, times, solver, max_calls=max_calls)

@@ -1,23 +1,28 @@
 """A folder of one problem: its settings, its samples, and the figures that have been computed from them.
 
-settings.json                   what the runs were made with
-{solver}_{grid}_{calls}.npy     the samples of a run
-converged_{steps}.npy           the samples that they should be
-figures.jsonl                   figures by a digest of the arrays that they were computed from, one a line
+settings.json                           what the runs were made with
+{solver}_{grid}_{calls}_{digest}.npy    the samples of a run, with a digest of the solver's table and rule
+converged_{steps}_{digest}.npy          the samples that they should be
+figures.jsonl                           figures by a digest of the arrays that they were computed from, one a line
 
 All are written as they are made.
 """
 
+import ast
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from evodiff_jax import __version__
 from evodiff_jax.files import write_atomically
+from evodiff_jax.tables import Plan
 
 _SETTINGS = "settings.json"
 _FIGURES = "figures.jsonl"
@@ -60,9 +65,30 @@ def check_store(folder: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1).encode()))
 
 
-def path_of(folder: Path, solver: str, grid: str, calls: int) -> Path:
+def path_of(folder: Path, solver: str, grid: str, calls: int, digest: str) -> Path:
     """Where the samples of a run are, in the folder of a problem."""
-    return folder / f"{solver}_{grid}_{calls}.npy"
+    return folder / f"{solver}_{grid}_{calls}_{digest}.npy"
+
+
+def digest_of_plan(plan: Plan) -> str:
+    """A digest of a plan's table and of the code of its rule, so that samples of a solver that has changed are not read.
+
+    Of the code count the modules of the rule's functions, without comments and docstrings.
+    """
+    digest = hashlib.sha256(f"{jax.tree.structure(plan.table)}".encode())
+    digest.update(_digest(jax.tree.leaves((plan.table, plan.calls, plan.end))).encode())
+    if plan.rule is not None:
+        functions = (plan.rule.terms, plan.rule.choose, plan.rule.init)
+        for name in sorted({fn.__module__ for fn in functions}):
+            tree = ast.parse(inspect.getsource(sys.modules[name]))
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                    if isinstance(body[0].value, ast.Constant):
+                        body.pop(0)
+            digest.update(ast.dump(tree).encode())
+        digest.update(f"{plan.rule.channel_axis} {plan.rule.per_leaf}".encode())
+    return digest.hexdigest()[:12]
 
 
 def stored(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:

@@ -7,12 +7,11 @@ from evodiff_jax.denoisers._corrections import clip, dynamic_threshold
 from evodiff_jax.denoisers._exact import gaussian_mixture
 from evodiff_jax.denoisers._guidance import classifier_free_guidance, classifier_guidance
 from evodiff_jax.denoisers._networks import counted, split_nnx
-from evodiff_jax.denoisers._prediction import PREDICTIONS, TIMES, Denoiser, from_prediction
+from evodiff_jax.denoisers._prediction import PREDICTIONS, TIMES, from_prediction
 
 __all__ = [
     "PREDICTIONS",
     "TIMES",
-    "Denoiser",
     "classifier_free_guidance",
     "classifier_guidance",
     "clip",

@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from evodiff_jax.denoisers._prediction import Denoiser
 from evodiff_jax.numerics import at_least_float32
-from evodiff_jax.states import State, check_like
+from evodiff_jax.types import Denoiser, State, check_like
 
 
 def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:

@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.denoisers._prediction import Denoiser
 from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.types import Denoiser
 
 
-def gaussian_mixture(centers: ArrayLike, std: float, schedule: NoiseSchedule) -> Denoiser:
+def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) -> Denoiser:
     """The exact data prediction for equally likely Gaussians: a model without error, to test solvers on.
 
     With the data set for centers it is the exact model of the data smoothed with bandwidth `std`.
 
     Args:
+      schedule: the noise schedule.
       centers: (K, ...) the means, of the shape of one sample.
       std: their common standard deviation, above 0.
-      schedule: the noise schedule.
 
     Returns:
       denoise(x, t) for x (B, ...).
@@ -31,7 +31,7 @@ def gaussian_mixture(centers: ArrayLike, std: float, schedule: NoiseSchedule) ->
     Example:
       >>> import evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
-      >>> denoise = gaussian_mixture([[-1.0, 0.0], [1.0, 0.0]], 0.1, schedule)
+      >>> denoise = gaussian_mixture(schedule, [[-1.0, 0.0], [1.0, 0.0]], 0.1)
       >>> denoise(jnp.array([[3.0, 0.0]]), jnp.float32(0.1)).round(2)
       Array([[2., 0.]], dtype=float32)
     """

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.denoisers._prediction import Denoiser, check_signal
+from evodiff_jax.denoisers._prediction import check_signal
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.states import State, batch_size, check_like, per_sample, widest
+from evodiff_jax.types import Denoiser, State, batch_size, check_like, per_sample, widest
 
 
 def classifier_free_guidance(

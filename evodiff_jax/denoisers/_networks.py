@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from evodiff_jax.denoisers._prediction import Denoiser
-from evodiff_jax.states import State, batch_size
+from evodiff_jax.types import Denoiser, State, batch_size
 
 
 def split_nnx(module: Any) -> tuple[Callable[..., Any], Any]:

@@ -9,10 +9,7 @@ import jax.numpy as jnp
 from evodiff_jax.numerics import on_host
 from evodiff_jax.preconditioning import coefficients
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.states import State, batch_size, check_like, widest
-
-Denoiser = Callable[..., Any]
-"""denoise(x, t, *conditions) -> x_0, of the structure, shapes and dtypes of x; t a scalar."""
+from evodiff_jax.types import Denoiser, State, batch_size, check_like, widest
 
 
 class _Levels(NamedTuple):

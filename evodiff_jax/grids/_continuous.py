@@ -1,5 +1,7 @@
 """Grids for any schedule, from t_max to t_min or over a part."""
 
+import math
+
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -240,9 +242,10 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
 
 
 def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
-    """The part of a grid that image-to-image sampling runs: its last round(strength N) steps, at least one.
+    """The part of a grid that image-to-image sampling runs: its last strength N steps, at least one.
 
-    Strength is the fraction of the steps that are run, so of the model calls too. 1 starts from pure noise and keeps
+    Strength is the fraction of the steps that are run, and of the model calls. strength N is rounded to the nearest
+    integer, halves up: 0.5 of 5 steps are 3, of 7 steps 4. 1 starts from pure noise and keeps
     nothing of the image; the smaller it is, the less noise the image gets and the more of it stays. What noise a
     strength means depends on the grid; to start at a noise level of your choice give a grid `start`.
 
@@ -251,7 +254,7 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
       strength: above 0 and at most 1.
 
     Returns:
-      The last times, float64; noise the image to the first of them with `editing.add_noise`.
+      The last times, float64; noise the image to the first of them with `schedule.add_noise`.
 
     Raises:
       ValueError: unless 0 < strength <= 1.
@@ -263,7 +266,9 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
     times = np.asarray(times, np.float64)
-    return times[-(max(1, round(strength * (times.size - 1))) + 1) :]
+    # 1e-9: a half that the product misses by round-off, as 0.57 * 50, is one all the same.
+    steps = max(1, math.floor(strength * (times.size - 1) + 0.5 + 1e-9))
+    return times[-(steps + 1) :]
 
 
 def _lambda_ends(schedule: NoiseSchedule, start: float, end: float) -> tuple[float, float]:

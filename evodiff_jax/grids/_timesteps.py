@@ -2,8 +2,11 @@
 
 import numpy as np
 
+from evodiff_jax.numerics import on_host
 from evodiff_jax.grids._parts import ends_of, fractions_of
 from evodiff_jax.schedules import NoiseSchedule
+
+_NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise
 
 
 def leading(
@@ -23,14 +26,23 @@ def leading(
       Decreasing times, float64: N + 1, fewer for a part.
 
     Raises:
-      ValueError: as `time_uniform`, or when the schedule is not discrete, N is above its number of timesteps, or the
-        timesteps do not lie between the ends.
+      ValueError: when num_steps is not a positive integer, not t_min <= end < start <= t_max, the schedule is not
+        discrete, N is above its number of timesteps, the timesteps do not lie between the ends, or the first timestep
+        is below 0.9 t_max and no start is given: x_T is noise of t_max, and n // N leaves the timesteps above
+        (N - 1) (n // N) out, the more of them the farther n is from a multiple of N.
 
     References:
       Song, Meng, Ermon, arXiv 2010.02502, appendix D.3; the name is from Lin et al., arXiv 2305.08891, table 2.
     """
     count = _discrete(schedule, "leading", num_steps)
-    return _timesteps(schedule, np.arange(num_steps)[::-1] * (count // num_steps) + offset, start, end)
+    times = _timesteps(schedule, np.arange(num_steps)[::-1] * (count // num_steps) + offset, start, end)
+    if start is None and times[0] < _NEAR_T_MAX * schedule.t_max:
+        raise ValueError(
+            f"x_T is noise of t_max = {schedule.t_max:g}, but the first of {num_steps} leading timesteps is "
+            f"{times[0]:g}, where alpha is {on_host(schedule.alpha, times[0]):.2g}: use grids.trailing, which starts at "
+            "t_max, or give start and an x_T of that time"
+        )
+    return times
 
 
 def trailing(
@@ -38,7 +50,9 @@ def trailing(
 ) -> np.ndarray:
     """Timesteps of discrete schedules counted from the last one, which is always visited, and t_min after them.
 
-    round(n (1 - i / N)) - 1 for i = 0 .. N - 1: the spacing for zero terminal SNR.
+    round(n (1 - i / N)) - 1 for i = 0 .. N - 1: the spacing for zero terminal SNR. Halves are rounded to the even
+    neighbour, as NumPy's and the published code's `round` has it, and computed with integers, so that round-off moves
+    none of them.
 
     Args:
       schedule: a schedule with `num_timesteps`, from `schedules.discrete`.
@@ -56,7 +70,9 @@ def trailing(
       Lin, Liu, Li, Yang, arXiv 2305.08891, table 2.
     """
     count = _discrete(schedule, "trailing", num_steps)
-    return _timesteps(schedule, np.round(count * (1 - fractions_of(num_steps)[:-1])) - 1, start, end)
+    whole, rest = np.divmod(count * np.arange(num_steps, 0, -1), num_steps)
+    up = (2 * rest > num_steps) | ((2 * rest == num_steps) & (whole % 2 == 1))
+    return _timesteps(schedule, whole + up - 1, start, end)
 
 
 def _discrete(schedule: NoiseSchedule, grid: str, num_steps: int) -> int:

@@ -2,13 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules._schedule import NoiseSchedule, ScheduleFn
 
 
-@functools.cache
+@factory
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
     """The variance-exploding schedule of EDM: alpha = 1, sigma = t (Karras et al. 2022, arXiv 2206.00364).
 
@@ -21,16 +22,10 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
     """
     if not 0 <= sigma_min < sigma_max:
         raise ValueError(f"edm needs 0 <= sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).ones_like(t),
-        sigma=lambda t: namespace(t).asarray(t),
-        time=lambda lambda_: namespace(lambda_).exp(-lambda_),
-        t_min=sigma_min,
-        t_max=sigma_max,
-    )
+    return NoiseSchedule(_one, _same, t_min=sigma_min, t_max=sigma_max, time=_kappa)
 
 
-@functools.cache
+@factory
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0, t_max: float = 1.0) -> NoiseSchedule:
     """The variance-exploding schedule in the time of score SDEs (Song et al. 2021, arXiv 2011.13456, Eq. 30).
 
@@ -47,17 +42,12 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0, t_m
     """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"ve needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    log_min, log_ratio = math.log(sigma_min), math.log(sigma_max / sigma_min)
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).ones_like(t),
-        sigma=lambda t: namespace(t).exp(log_min + log_ratio * t),
-        time=lambda lambda_: (-lambda_ - log_min) / log_ratio,
-        t_min=t_min,
-        t_max=t_max,
-    )
+    logs = math.log(sigma_min), math.log(sigma_max / sigma_min)
+    sigma, time = functools.partial(_ve_sigma, *logs), functools.partial(_ve_time, *logs)
+    return NoiseSchedule(_one, sigma, t_min=t_min, t_max=t_max, time=time)
 
 
-@functools.cache
+@factory
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
     """The variance-preserving schedule whose beta grows linearly (Song et al. 2021, arXiv 2011.13456, appendix B).
 
@@ -70,24 +60,12 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3
       t_max: the time at which it starts.
 
     Raises:
-      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
+      ValueError: unless 0 <= beta_min <= beta_max, beta_max > 0 and 0 <= t_min < t_max.
     """
-    log_alpha, inverse = _linear_beta("vp_linear", beta_min, beta_max, t_min, t_max)
-
-    def sigma(t: Any) -> Any:
-        xp = namespace(t)
-        return xp.sqrt(-xp.expm1(2 * log_alpha(t)))
-
-    def time(lambda_: Any) -> Any:
-        xp = namespace(lambda_)
-        return inverse(xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_)))  # -2 log alpha = log(1 + e^(-2 lambda))
-
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).exp(log_alpha(t)), sigma=sigma, time=time, t_min=t_min, t_max=t_max
-    )
+    return _linear_beta("vp_linear", _vp_sigma, _vp_half, beta_min, beta_max, t_min, t_max)
 
 
-@functools.cache
+@factory
 def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t_max: float = 1.0) -> NoiseSchedule:
     """The sub-variance-preserving schedule with linear beta (Song et al. 2021, arXiv 2011.13456, Eq. 29).
 
@@ -100,24 +78,12 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3, t
       t_max: the time at which it starts.
 
     Raises:
-      ValueError: when beta is negative somewhere on [0, t_max], or not 0 <= t_min < t_max.
+      ValueError: unless 0 <= beta_min <= beta_max, beta_max > 0 and 0 <= t_min < t_max.
     """
-    log_alpha, inverse = _linear_beta("sub_vp", beta_min, beta_max, t_min, t_max)
-
-    def time(lambda_: Any) -> Any:
-        xp = namespace(lambda_)
-        return inverse(2 * xp.arcsinh(xp.exp(-lambda_) / 2))  # sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)
-
-    return NoiseSchedule(
-        alpha=lambda t: namespace(t).exp(log_alpha(t)),
-        sigma=lambda t: -namespace(t).expm1(2 * log_alpha(t)),
-        time=time,
-        t_min=t_min,
-        t_max=t_max,
-    )
+    return _linear_beta("sub_vp", _sub_vp_sigma, _sub_vp_half, beta_min, beta_max, t_min, t_max)
 
 
-@functools.cache
+@factory
 def vp_cosine(s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> NoiseSchedule:
     """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17), variance-preserving.
 
@@ -134,27 +100,12 @@ def vp_cosine(s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> N
     """
     if not (s >= 0 and 0 <= t_min < t_max <= 1):
         raise ValueError(f"vp_cosine needs s >= 0 and 0 <= t_min < t_max <= 1, got s={s}, t_min={t_min}, t_max={t_max}")
-    scale = math.pi / 2 / (1 + s)
-    offset = scale * s
-
-    def alpha(t: Any) -> Any:
-        return namespace(t).sin(scale * (1 - t)) / math.cos(offset)
-
-    def sigma(t: Any) -> Any:  # cos^2(b) - cos^2(a + b) = sin(a) sin(a + 2 b), which does not cancel
-        xp = namespace(t)
-        return xp.sqrt(xp.sin(scale * t) * xp.sin(scale * t + 2 * offset)) / math.cos(offset)
-
-    def time(lambda_: Any) -> Any:
-        xp = namespace(lambda_)
-        half = xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_)) / 2  # -log alpha
-        cosine = math.cos(offset) * xp.exp(-half)
-        sine = xp.sqrt(math.sin(offset) ** 2 + math.cos(offset) ** 2 * -xp.expm1(-2 * half))
-        return 1 - xp.arctan2(cosine, sine) / scale
-
-    return NoiseSchedule(alpha=alpha, sigma=sigma, time=time, t_min=t_min, t_max=t_max)
+    angles = math.pi / 2 / (1 + s), math.pi / 2 / (1 + s) * s
+    alpha, sigma, time = (functools.partial(fn, *angles) for fn in (_cosine_alpha, _cosine_sigma, _cosine_time))
+    return NoiseSchedule(alpha, sigma, t_min=t_min, t_max=t_max, time=time)
 
 
-@functools.cache
+@factory
 def flow(shift: float = 1.0, t_min: float = 1e-3, t_max: float = 0.999) -> NoiseSchedule:
     """The straight path of rectified flow, alpha = 1 - sigma, whose times can be shifted towards noise.
 
@@ -176,13 +127,8 @@ def flow(shift: float = 1.0, t_min: float = 1e-3, t_max: float = 0.999) -> Noise
     """
     if not (shift > 0 and 0 <= t_min < t_max <= 1):
         raise ValueError(f"flow needs shift > 0 and 0 <= t_min < t_max <= 1, got {shift}, {t_min} and {t_max}")
-    return NoiseSchedule(
-        alpha=lambda t: (1 - t) / (1 + (shift - 1) * t),
-        sigma=lambda t: shift * t / (1 + (shift - 1) * t),
-        time=lambda lambda_: 1 / (1 + shift * namespace(lambda_).exp(lambda_)),
-        t_min=t_min,
-        t_max=t_max,
-    )
+    alpha, sigma, time = (functools.partial(fn, shift) for fn in (_flow_alpha, _flow_sigma, _flow_time))
+    return NoiseSchedule(alpha, sigma, t_min=t_min, t_max=t_max, time=time)
 
 
 def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:
@@ -260,34 +206,123 @@ def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: Schedule
       0.3
     """
 
-    def root_sigmoid(value: Any) -> Any:
-        xp = namespace(value)
-        return xp.exp(-xp.logaddexp(xp.zeros_like(value), -value) / 2)
+    alpha, sigma = (functools.partial(_root_sigmoid, log_snr, sign) for sign in (1, -1))
+    return NoiseSchedule(alpha, sigma, t_min, t_max, time)  # pyright: ignore[reportArgumentType]
 
-    return NoiseSchedule(
-        alpha=lambda t: root_sigmoid(log_snr(t)),
-        sigma=lambda t: root_sigmoid(-log_snr(t)),
-        t_min=t_min,
-        t_max=t_max,
-        time=time,  # pyright: ignore[reportArgumentType]
-    )
+
+# The functions of the schedules stand here, at the top of the module, so that schedules can be pickled.
+
+
+def _one(t: Any) -> Any:
+    return namespace(t).ones_like(t)
+
+
+def _same(t: Any) -> Any:
+    return t
+
+
+def _kappa(lambda_: Any) -> Any:
+    return namespace(lambda_).exp(-lambda_)
+
+
+def _ve_sigma(log_min: float, log_ratio: float, t: Any) -> Any:
+    return namespace(t).exp(log_min + log_ratio * t)
+
+
+def _ve_time(log_min: float, log_ratio: float, lambda_: Any) -> Any:
+    return (-lambda_ - log_min) / log_ratio
 
 
 def _linear_beta(
-    name: str, beta_min: float, beta_max: float, t_min: float, t_max: float
-) -> tuple[ScheduleFn, ScheduleFn]:
-    """Log alpha of a linear beta, and the time as a function of -2 log alpha."""
-    slope = beta_max - beta_min
-    if beta_min < 0 or beta_min + slope * t_max < 0 or beta_min == beta_max == 0:
-        raise ValueError(f"{name} needs beta(t) >= 0 on [0, t_max], got beta_min={beta_min}, beta_max={beta_max}")
+    name: str,
+    sigma: Callable[..., Any],
+    half: Callable[[Any], Any],
+    beta_min: float,
+    beta_max: float,
+    t_min: float,
+    t_max: float,
+) -> NoiseSchedule:
+    """The schedule of a beta that grows linearly, from sigma(t) and from -2 log alpha as a function of lambda."""
+    if not 0 <= beta_min <= beta_max or not beta_max > 0:
+        raise ValueError(f"{name} needs 0 <= beta_min <= beta_max and beta_max > 0, got beta_min={beta_min}, beta_max={beta_max}")
     if not 0 <= t_min < t_max:
         raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
+    parameters = beta_min, beta_max - beta_min
+    return NoiseSchedule(
+        alpha=functools.partial(_vp_alpha, *parameters),
+        sigma=functools.partial(sigma, *parameters),
+        t_min=t_min,
+        t_max=t_max,
+        time=functools.partial(_vp_time, half, *parameters),
+    )
 
-    def log_alpha(t: Any) -> Any:
-        return -(slope * t / 4 + beta_min / 2) * t
 
-    def inverse(minus_two_log_alpha: Any) -> Any:  # the root of the quadratic in the form that does not cancel
-        root = namespace(minus_two_log_alpha).sqrt(beta_min**2 + 2 * slope * minus_two_log_alpha)
-        return 2 * minus_two_log_alpha / (root + beta_min)
+def _log_alpha(beta_min: float, slope: float, t: Any) -> Any:
+    return -(slope * t / 4 + beta_min / 2) * t
 
-    return log_alpha, inverse
+
+def _vp_alpha(beta_min: float, slope: float, t: Any) -> Any:
+    return namespace(t).exp(_log_alpha(beta_min, slope, t))
+
+
+def _vp_sigma(beta_min: float, slope: float, t: Any) -> Any:
+    xp = namespace(t)
+    return xp.sqrt(-xp.expm1(2 * _log_alpha(beta_min, slope, t)))
+
+
+def _sub_vp_sigma(beta_min: float, slope: float, t: Any) -> Any:
+    return -namespace(t).expm1(2 * _log_alpha(beta_min, slope, t))
+
+
+def _vp_half(lambda_: Any) -> Any:
+    """-2 log alpha = log(1 + e^(-2 lambda))."""
+    xp = namespace(lambda_)
+    return xp.logaddexp(-2 * lambda_, xp.zeros_like(lambda_))
+
+
+def _sub_vp_half(lambda_: Any) -> Any:
+    """-2 log alpha, from sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)."""
+    xp = namespace(lambda_)
+    return 2 * xp.arcsinh(xp.exp(-lambda_) / 2)
+
+
+def _vp_time(half: Callable[[Any], Any], beta_min: float, slope: float, lambda_: Any) -> Any:
+    minus_two_log_alpha = half(lambda_)  # the root of a quadratic in the form that does not cancel
+    root = namespace(lambda_).sqrt(beta_min**2 + 2 * slope * minus_two_log_alpha)
+    return 2 * minus_two_log_alpha / (root + beta_min)
+
+
+def _cosine_alpha(scale: float, offset: float, t: Any) -> Any:
+    return namespace(t).sin(scale * (1 - t)) / math.cos(offset)
+
+
+def _cosine_sigma(scale: float, offset: float, t: Any) -> Any:
+    """From cos^2(b) - cos^2(a + b) = sin(a) sin(a + 2 b), which does not cancel."""
+    xp = namespace(t)
+    return xp.sqrt(xp.sin(scale * t) * xp.sin(scale * t + 2 * offset)) / math.cos(offset)
+
+
+def _cosine_time(scale: float, offset: float, lambda_: Any) -> Any:
+    xp = namespace(lambda_)
+    half = _vp_half(lambda_) / 2  # -log alpha
+    cosine = math.cos(offset) * xp.exp(-half)
+    sine = xp.sqrt(math.sin(offset) ** 2 + math.cos(offset) ** 2 * -xp.expm1(-2 * half))
+    return 1 - xp.arctan2(cosine, sine) / scale
+
+
+def _flow_alpha(shift: float, t: Any) -> Any:
+    return (1 - t) / (1 + (shift - 1) * t)
+
+
+def _flow_sigma(shift: float, t: Any) -> Any:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def _flow_time(shift: float, lambda_: Any) -> Any:
+    return 1 / (1 + shift * namespace(lambda_).exp(lambda_))
+
+
+def _root_sigmoid(log_snr: ScheduleFn, sign: int, t: Any) -> Any:
+    value = sign * log_snr(t)
+    xp = namespace(value)
+    return xp.exp(-xp.logaddexp(xp.zeros_like(value), -value) / 2)

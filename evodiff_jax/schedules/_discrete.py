@@ -1,5 +1,6 @@
 """Schedules of models trained at n discrete noise levels: DDPM and its descendants."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ from jax.typing import ArrayLike
 
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules._schedule import NoiseSchedule
+
+_NEAR_ZERO = 0.02  # models are trained down to 0.005 (Stable Diffusion) or less, whose square root is 0.07
 
 
 def discrete(
@@ -31,7 +34,7 @@ def discrete(
 
     Raises:
       ValueError: unless one of betas and alphas_cumprod is given, one-dimensional with n >= 2, and alphas_cumprod
-        decreases strictly from below 1 to 0 or more; or when t_min is not from -1 up to below n - 1.
+        decreases strictly from below 1 to at most 0.02; or when t_min is not from -1 up to below n - 1.
 
     References:
       Ho, Jain, Abbeel, arXiv 2006.11239.
@@ -56,6 +59,11 @@ def discrete(
         signal, noise = given, 1 - given
     if not (np.diff(signal, prepend=1.0) < 0).all() or signal[-1] < 0:
         raise ValueError("alphas_cumprod must decrease strictly from below 1 to 0 or more")
+    if alphas_cumprod is not None and signal[-1] > _NEAR_ZERO:
+        raise ValueError(
+            f"alphas_cumprod must fall to near 0, to {_NEAR_ZERO} at most, got {signal[-1]:.4g} at the last level: it is "
+            "the cumulative product of 1 - betas (not 1 - betas, nor the square root); or give betas"
+        )
     if not -1 <= t_min < given.size - 1:
         raise ValueError(f"discrete needs -1 <= t_min < {given.size - 1}, got {t_min}")
     # Two angles, as either is known more exactly where it is small: node k stands for t = k - 1.
@@ -63,20 +71,25 @@ def discrete(
     from_data = np.concatenate([[0.0], np.arctan2(np.sqrt(noise), np.sqrt(signal))])
     from_noise = np.concatenate([[math.pi / 2], np.arctan2(np.sqrt(signal), np.sqrt(noise))])
 
-    def time(lambda_: Any) -> Any:
-        xp = namespace(lambda_)
-        near_data = xp.interp(xp.arctan(xp.exp(-lambda_)), *_like(lambda_, from_data, nodes))
-        near_noise = xp.interp(-xp.arctan(xp.exp(lambda_)), *_like(lambda_, -from_noise, nodes))
-        return xp.where(lambda_ > 0, near_data, near_noise)
-
     return NoiseSchedule(
-        alpha=lambda t: namespace(t).sin(_interpolated(t, from_noise)),
-        sigma=lambda t: namespace(t).sin(_interpolated(t, from_data)),
-        time=time,
+        alpha=functools.partial(_sine, from_noise),
+        sigma=functools.partial(_sine, from_data),
+        time=functools.partial(_time, from_data, from_noise, nodes),
         t_min=t_min,
         t_max=given.size - 1.0,
         num_timesteps=given.size,
     )
+
+
+def _sine(angles: np.ndarray, t: Any) -> Any:
+    return namespace(t).sin(_interpolated(t, angles))
+
+
+def _time(from_data: np.ndarray, from_noise: np.ndarray, nodes: np.ndarray, lambda_: Any) -> Any:
+    xp = namespace(lambda_)
+    near_data = xp.interp(xp.arctan(xp.exp(-lambda_)), *_like(lambda_, from_data, nodes))
+    near_noise = xp.interp(-xp.arctan(xp.exp(lambda_)), *_like(lambda_, -from_noise, nodes))
+    return xp.where(lambda_ > 0, near_data, near_noise)
 
 
 def linear_betas(num_timesteps: int = 1000, first: float = 1e-4, last: float = 0.02) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The noise schedule: functions alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, and their inverse.
 
 Every function accepts Python and NumPy numbers, for which it computes in float64 on the host, and JAX arrays, traced
-or not, for which it computes in their dtype. Solver tables are built from the first kind wherever the times are known.
+or not, for which it computes in float32, or in float64 where they are. Solver tables are built from the first kind
+wherever the times are known. Times beyond t_min and t_max are not checked: the functions are then extrapolated.
 """
 
 import dataclasses
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from evodiff_jax.numerics import namespace, on_host
+from evodiff_jax.numerics import at_least_float32, namespace, on_host, widened
+from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, widest
 
 ScheduleFn = Callable[[Any], Any]
 
@@ -63,8 +66,10 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and self.t_min < self.t_max):
             raise ValueError(f"a schedule needs finite t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}")
-        if self.time is None:
-            object.__setattr__(self, "time", functools.partial(_bisect, self.lambda_, self.t_min, self.t_max))
+        for name in ("alpha", "sigma"):
+            object.__setattr__(self, name, _of_floats(getattr(self, name)))
+        time = functools.partial(_bisect, self.alpha, self.sigma, self.t_min, self.t_max)
+        object.__setattr__(self, "time", _of_floats(time if self.time is None else self.time))
         times = np.linspace(self.t_min, self.t_max, 65)
         alpha, sigma, lambda_ = self.levels(times)
         if alpha.shape != times.shape or sigma.shape != times.shape:
@@ -84,18 +89,80 @@ class NoiseSchedule:
 
     def lambda_(self, t: Any) -> Any:
         """log(alpha(t) / sigma(t)), half the log-SNR, elementwise."""
-        xp = namespace(t)
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        if xp is np:
-            with np.errstate(divide="ignore", invalid="ignore"):  # the caller judges infinities
-                return np.log(np.asarray(alpha, np.float64)) - np.log(np.asarray(sigma, np.float64))
-        return jnp.log(alpha) - jnp.log(sigma)
+        return _lambda(self.alpha, self.sigma, t)
 
     def levels(self, t: Any) -> Levels:
         """Alpha, sigma and lambda at times `t`: float64 NumPy arrays on the host for concrete `t`, else traced."""
         if namespace(t) is np:
             return Levels(*(on_host(f, t) for f in (self.alpha, self.sigma, self.lambda_)))
         return Levels(self.alpha(t), self.sigma(t), self.lambda_(t))
+
+    def noise(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> State:
+        """Pure noise of the deviation sigma(t_max), from which a run over the whole schedule starts.
+
+        For a run from another time t it is `add_noise(jnp.zeros(shape), t, key)`.
+
+        Args:
+          key: a random key, or one for each sample (B,), with which sample k depends on key k alone.
+          shape: (B, ...), or a pytree of such tuples for a state that is a pytree.
+          dtype: a floating-point dtype.
+
+        Returns:
+          The noise, x_T for `sample`.
+
+        Raises:
+          TypeError: when key is no random key, shape is no tuple of integers, or dtype is not floating-point.
+          ValueError: when the shape has no batch axis, or there is neither one key nor one a sample.
+
+        Example:
+          >>> import jax, evodiff_jax as ed
+          >>> x_T = ed.schedules.edm(sigma_max=80.0).noise(jax.random.key(0), (1000, 8))
+          >>> round(float(x_T.std()))
+          80
+        """
+        is_shape = lambda value: isinstance(value, tuple | list) and all(isinstance(n, int | np.integer) for n in value)
+        shapes = [tuple(shape)] if is_shape(shape) else jax.tree.leaves(shape, is_leaf=is_shape)
+        if not all(map(is_shape, shapes)) or not shapes:
+            raise TypeError(f"shape must be a tuple of integers (B, ...), or a pytree of such, got {shape!r}")
+        empty = jax.tree.map(lambda s: jnp.zeros(tuple(s), dtype), shape, is_leaf=is_shape)
+        return self.add_noise(empty, self.t_max, key)
+
+    def add_noise(self, x_0: State, t: Any, key: jax.Array) -> State:
+        """Data with the noise of time t, alpha(t) x_0 + sigma(t) eps: where image-to-image sampling starts.
+
+        Args:
+          x_0: the data, (B, ...) or a pytree of such.
+          t: the time, a scalar; the first time of the run that follows.
+          key: a random key, or one for each sample (B,), with which sample k depends on key k alone.
+
+        Returns:
+          The noisy data, of the structure, shapes and dtypes of x_0.
+
+        Raises:
+          TypeError: when x_0 is not floating-point, or key is no random key.
+          ValueError: when x_0 has no batch axis, t is no scalar within the schedule, or there is neither one key nor
+            one a sample.
+
+        Example:
+          >>> import jax, evodiff_jax as ed
+          >>> schedule = ed.schedules.edm()
+          >>> times = ed.grids.last_steps(ed.grids.log_snr(schedule, 20), strength=0.5)  # 10 steps
+          >>> x = schedule.add_noise(jax.numpy.ones((4, 8)), times[0], jax.random.key(0))
+          >>> x = ed.sample(lambda x, t: x / (1 + t**2), x, ed.plan(schedule, times, ed.solvers.unipc(2)))
+        """
+        x_0 = check_state(x_0, "x_0")
+        if np.ndim(t) != 0:
+            raise ValueError(f"t must be a scalar, got shape {np.shape(t)}")
+        if not isinstance(t, Tracer) and not self.t_min <= float(np.asarray(t)) <= self.t_max * (1 + 1e-6):
+            raise ValueError(f"t must be within the schedule's {self.t_min:g} to {self.t_max:g}, got {t}")
+        t = jnp.asarray(t, widest(jax.tree.leaves(x_0)))
+        alpha, sigma = self.alpha(t), self.sigma(t)
+
+        def noisy(x: jax.Array, noise: jax.Array) -> jax.Array:
+            wide = at_least_float32(x.dtype)
+            return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
+
+        return jax.tree.map(noisy, x_0, normal_like(check_keys(key, batch_size(x_0)), x_0))
 
 
 def check_schedule(schedule: Any) -> None:
@@ -104,8 +171,24 @@ def check_schedule(schedule: Any) -> None:
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
 
 
-def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:
-    """The time at which the decreasing function `lambda_` takes the value `target`, elementwise."""
+def _of_floats(fn: ScheduleFn) -> ScheduleFn:
+    """The function with its argument in float32 at least; as it is where it has been through here."""
+    return fn if isinstance(fn, functools.partial) and fn.func is _widen else functools.partial(_widen, fn)
+
+
+def _widen(fn: ScheduleFn, t: Any) -> Any:
+    return fn(widened(t))
+
+
+def _lambda(alpha: ScheduleFn, sigma: ScheduleFn, t: Any) -> Any:
+    if namespace(t) is np:
+        with np.errstate(divide="ignore", invalid="ignore"):  # the caller judges infinities
+            return np.log(np.asarray(alpha(t), np.float64)) - np.log(np.asarray(sigma(t), np.float64))
+    return jnp.log(alpha(t)) - jnp.log(sigma(t))
+
+
+def _bisect(alpha: ScheduleFn, sigma: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:
+    """The time at which the decreasing log(alpha / sigma) takes the value `target`, elementwise."""
     xp = namespace(target)
     target = xp.asarray(target)
     low, high = xp.full_like(target, t_min), xp.full_like(target, t_max)
@@ -113,7 +196,7 @@ def _bisect(lambda_: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any
     def halve(_: int, bracket: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = bracket
         middle = low + (high - low) / 2
-        later = lambda_(middle) > target
+        later = _lambda(alpha, sigma, middle) > target
         return xp.where(later, middle, low), xp.where(later, high, middle)
 
     if xp is np:

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 _GAUSS_POINTS = 32  # e^-lambda times a polynomial in t(lambda) over one step, to round-off
 
 
-@functools.cache
+@factory
 def deis(
     order: int = 2, variant: str = "rho-AB", lower_order_final: bool = False, euler_at_final: bool = False
 ) -> Solver:
@@ -45,7 +45,7 @@ def deis(
     return _solver("deis", order + 1, variant, lower_order_final, euler_at_final)
 
 
-@functools.cache
+@factory
 def ipndm(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
     """Adams-Bashforth with the coefficients of equal steps, whatever the steps: iPNDM.
 
@@ -70,7 +70,7 @@ def ipndm(order: int = 4, lower_order_final: bool = False, euler_at_final: bool 
     return _solver("ipndm", order, "equal", lower_order_final, euler_at_final)
 
 
-@functools.cache
+@factory
 def ipndm_v(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
     """A form of iPNDM for unequal steps, as released.
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.cache
+@factory
 def ddim(eta: float = 0.0) -> Solver:
     """DDIM; for eta = 0 the first-order exponential integrator of the probability-flow ODE (Euler's method for EDM).
 
@@ -41,7 +41,7 @@ def _ddim_table(schedule: NoiseSchedule, times: Any, eta: float) -> Table:
     alpha, sigma, lambda_ = schedule.levels(times)
     step = lambda_[:-1] - lambda_[1:]
     forgotten = eta**2 * xp.expm1(2 * step)  # -(nu / sigma_t)^2
-    kept = xp.log1p(forgotten) / 2  # log(s / sigma_t)
+    kept = step if eta == 1 else xp.log1p(forgotten) / 2  # log(s / sigma_t)
     return Table(
         time=times[:-1],
         transition=sigma[1:] / sigma[:-1] * xp.exp(kept),

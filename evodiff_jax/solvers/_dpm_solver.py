@@ -1,6 +1,6 @@
 """DPM-Solver and DPM-Solver++: exponential integrators in lambda of the noise and of the data prediction.
 
-In the notation of `_quadrature`, with phi functions of z = h for the noise and z = -h for the data prediction, the
+In the notation of `quadrature`, with phi functions of z = h for the noise and z = -h for the data prediction, the
 multistep solvers extrapolate y by the polynomial y_0 + theta D_1 + theta^2 D_2 through the last outputs and integrate
 it with the moments 1, phi_2 / phi_1, 2 phi_3 / phi_1; the single-step ones evaluate the model within the step.
 """
@@ -8,14 +8,14 @@ it with the moments 1, phi_2 / phi_1, 2 phi_3 / phi_1; the single-step ones eval
 import functools
 from typing import Any
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
-from evodiff_jax.solvers._quadrature import Stage
+from evodiff_jax import quadrature
+from evodiff_jax.quadrature import Stage
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.cache
+@factory
 def dpm_solver(
     order: int = 2,
     method: str = "multistep",
@@ -46,7 +46,7 @@ def dpm_solver(
     return _solver("dpm_solver", "epsilon", order, method, lower_order_final, euler_at_final, exact_curvature)
 
 
-@functools.cache
+@factory
 def dpm_solver_pp(
     order: int = 2,
     method: str = "multistep",
@@ -65,7 +65,7 @@ def dpm_solver_pp(
       order: 1 (DDIM), 2 or 3. A run's first steps have the order that the outputs so far allow.
       method: "multistep" or "singlestep".
       lower_order_final: the order of step i of N is at most N + 1 - i. A last step to sigma = 0 is of first order in
-        any case (for traced times and "singlestep", which must know the number of calls, only with one of the options).
+        any case; with traced times a "singlestep" one takes its later calls all the same and makes nothing of them.
       euler_at_final: the last step alone is of first order.
       exact_curvature: the multistep third order as its derivation has it.
 
@@ -82,7 +82,7 @@ def dpm_solver_pp(
     return _solver("dpm_solver_pp", "data", order, method, lower_order_final, euler_at_final, exact_curvature)
 
 
-@functools.cache
+@factory
 def sde_dpm_solver_pp(
     order: int = 2, tau: float = 1.0, lower_order_final: bool = True, euler_at_final: bool = False
 ) -> Solver:
@@ -208,4 +208,4 @@ def _singlestep_table(
     ]
     orders = quadrature.singlestep_orders(times, order, lower_order_final, euler_at_final, levels.lambda_)
     history = None if prediction == "data" else lambda time: quadrature.noise_history(schedule.levels(time))
-    return quadrature.singlestep_table(methods[:order], orders, history)
+    return quadrature.singlestep_table(methods[:order], orders, levels.lambda_, history)

@@ -21,7 +21,7 @@ import numpy as np
 
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax import quadrature
 from evodiff_jax.statistics import Statistics
 from evodiff_jax.tables import Solver, Table
 
@@ -88,7 +88,7 @@ def dpm_solver_v3(
         lower_order_final=lower_order_final,
         euler_at_final=euler_at_final,
     )
-    return Solver("dpm_solver_v3", table)
+    return Solver("dpm_solver_v3", table, keeps_constants=False)
 
 
 def _table(

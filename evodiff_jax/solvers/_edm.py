@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
-from evodiff_jax.solvers._quadrature import Stage
+from evodiff_jax import quadrature
+from evodiff_jax.quadrature import Stage
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.cache
+@factory
 def heun(
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
@@ -34,8 +34,8 @@ def heun(
       s_tmin: the lowest kappa with churn.
       s_tmax: the highest kappa with churn.
       s_noise: the standard deviation of the added noise relative to what the level asks for.
-      lower_order_final: the last step is Euler's. One to sigma = 0 is in any case (for traced times, which must know
-        the number of calls, only with this option).
+      lower_order_final: the last step is Euler's. One to sigma = 0 is in any case; for traced times it takes its second
+        call all the same, at the step's start, and makes nothing of it.
 
     Returns:
       The solver, which needs a key where s_churn > 0. NFE: 2 N for N steps, 2 N - 1 where the last is Euler's.
@@ -56,13 +56,13 @@ def heun(
     return Solver("heun", functools.partial(_heun_table, churn=churn, s_noise=s_noise, euler=lower_order_final))
 
 
-@functools.cache
+@factory
 def dpm_2(lower_order_final: bool = False) -> Solver:
     """The midpoint rule in kappa with the midpoint taken in log kappa, known as DPM2.
 
     Args:
-      lower_order_final: the last step is Euler's. One to sigma = 0 is in any case (for traced times, which must know
-        the number of calls, only with this option).
+      lower_order_final: the last step is Euler's. One to sigma = 0 is in any case; for traced times it takes its second
+        call all the same, within the step, and makes nothing of it.
 
     Returns:
       The solver. NFE: 2 N for N steps, 2 N - 1 where the last is Euler's.
@@ -81,9 +81,11 @@ def _heun_table(schedule: NoiseSchedule, times: Any, churn: Any, s_noise: float,
     steps = quadrature.noise_steps(start, end)
     half = steps.amplitude / 2
     eulers = [Stage(begin, steps.transition, (steps.amplitude,))]
-    heuns = [*eulers, Stage(times[1:], steps.transition, (half, half))]
+    # Where sigma ends at 0 there is no noise to predict: a call there, which traced times keep, is made at the start.
+    second = namespace(times).where(quadrature.bounded(levels.lambda_), times[1:], begin)
+    heuns = [*eulers, Stage(second, steps.transition, (half, half))]
     orders = quadrature.singlestep_orders(times, 2, euler, False, levels.lambda_)
-    table = quadrature.singlestep_table([eulers, heuns], orders, _history(schedule))
+    table = quadrature.singlestep_table([eulers, heuns], orders, levels.lambda_, _history(schedule))
     if churn is None:
         return table
     # The last row of a step goes on to the raised level from which the next one starts.
@@ -114,7 +116,7 @@ def _dpm_2_table(schedule: NoiseSchedule, times: Any, euler: bool) -> Table:
         Stage(middle, whole.transition, (0 * whole.amplitude, whole.amplitude)),
     ]
     orders = quadrature.singlestep_orders(times, 2, euler, False, levels.lambda_)
-    return quadrature.singlestep_table([eulers, midpoint], orders, _history(schedule))
+    return quadrature.singlestep_table([eulers, midpoint], orders, levels.lambda_, _history(schedule))
 
 
 def _history(schedule: NoiseSchedule) -> Any:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.numerics import namespace, on_host
+from evodiff_jax.numerics import factory, namespace, on_host
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.cache
+@factory
 def sa_solver(
     predictor_order: int = 2,
     corrector_order: int = 2,

@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
+from evodiff_jax.numerics import factory
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.solvers import _quadrature as quadrature
+from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 
-@functools.cache
+@factory
 def unipc(
     order: int = 2,
     variant: str = "bh2",

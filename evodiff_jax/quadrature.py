@@ -123,10 +123,9 @@ def times_within(schedule: NoiseSchedule, times: Any, lambda_: Any, fraction: fl
     Steps with an infinite end are of first order: the times there are only to be harmless.
     """
     xp = namespace(lambda_)
-    bounded = xp.isfinite(lambda_[:-1]) & xp.isfinite(lambda_[1:])
     safe = xp.where(xp.isfinite(lambda_), lambda_, 0.0)
-    inside = xp.where(bounded, (1 - fraction) * safe[:-1] + fraction * safe[1:], xp.max(safe))
-    return xp.where(bounded, time_at(schedule, inside), (times[:-1] + times[1:]) / 2)
+    inside = xp.where(bounded(lambda_), (1 - fraction) * safe[:-1] + fraction * safe[1:], xp.max(safe))
+    return xp.where(bounded(lambda_), time_at(schedule, inside), (times[:-1] + times[1:]) / 2)
 
 
 def last_steps(orders: np.ndarray, lower_order_final: bool, euler_at_final: bool) -> np.ndarray:
@@ -152,12 +151,19 @@ def multistep_orders(times: Any, order: int, lower_order_final: bool, euler_at_f
 def singlestep_orders(times: Any, order: int, lower_order_final: bool, euler_at_final: bool, lambda_: Any) -> Any:
     """The order of each step, static because it is the number of calls.
 
-    A step from alpha = 0 or to sigma = 0, in which lambda has no middle, is of first order where times are concrete.
+    A step from alpha = 0 or to sigma = 0, in which lambda has no middle, is of order 1 where times are concrete. Where
+    they are traced it keeps its calls, and `singlestep_table` gives it the weights of order 1.
     """
     orders = last_steps(np.full(times.shape[0] - 1, order), lower_order_final, euler_at_final)
     if namespace(lambda_) is np:
-        orders = np.where(np.isfinite(lambda_[:-1]) & np.isfinite(lambda_[1:]), orders, 1)
+        orders = np.where(bounded(lambda_), orders, 1)
     return orders
+
+
+def bounded(lambda_: Any) -> Any:
+    """Whether lambda is finite at both ends of each step."""
+    xp = namespace(lambda_)
+    return xp.isfinite(lambda_[:-1]) & xp.isfinite(lambda_[1:])
 
 
 def past_nodes(clock: Any, count: int) -> list[Any]:
@@ -276,29 +282,35 @@ class Stage(NamedTuple):
     weights: tuple[Any, ...]
 
 
-def singlestep_table(methods: Sequence[Sequence[Stage]], orders: np.ndarray, history: Any) -> Table:
+def singlestep_table(methods: Sequence[Sequence[Stage]], orders: np.ndarray, lambda_: Any, history: Any) -> Table:
     """The table of a single-step solver: as many rows a step as its method has stages.
 
     Each state is written from the one before: x_{j+1} = T_{j+1} x_0 + sum W_{j+1,l} y_l, x_0 = (x_j - sum W_{j,l} y_l)
     / T_j.
 
     Args:
-      methods: methods[order - 1], the stages of the method of each order.
+      methods: methods[order - 1], the stages of the method of each order; the first has one stage.
       orders: (N,), the order of each step, static.
+      lambda_: (N + 1,), lambda at the times of the run. A step that is infinitely long in it has the weights of order
+        1, whatever its calls: the later ones count nothing.
       history: history(times) -> (keep_x, keep_m), or None where the outputs are data predictions.
     """
     slots = len(methods[-1])  # whatever the orders, so that runs of one solver have one shape
     xp = namespace(methods[0][0].time)
     zero = xp.zeros_like(methods[0][0].time)
+    of_first_order = [methods[0][0].weights[0], *[0.0] * (slots - 1)]
     first, stages = [], []  # where each method's stages begin, and what they make a row of each step
     for method in methods:
         first.append(len(stages))
         before, previous = 1.0, ()
         for stage in method:
-            ratio = stage.transition / before
-            new = [w - ratio * v for w, v in zip(stage.weights, [*previous, 0.0], strict=True)]
+            ratio, weights = stage.transition / before, stage.weights
+            if stage is method[-1]:
+                pairs = zip(weights, of_first_order, strict=False)
+                weights = tuple(xp.where(bounded(lambda_), w, euler) for w, euler in pairs)
+            new = [w - ratio * v for w, v in zip(weights, [*previous, 0.0], strict=True)]
             stages.append(xp.stack([stage.time, ratio, *reversed(new), *[zero] * (slots - len(new))]))
-            before, previous = stage.transition, stage.weights
+            before, previous = stage.transition, weights
     which = np.concatenate([first[order - 1] + np.arange(len(methods[order - 1])) for order in orders])
     step = np.repeat(np.arange(orders.size), [len(methods[order - 1]) for order in orders])
     rows = xp.stack(stages)[which, :, step]

@@ -1,6 +1,6 @@
-"""What a state is, an array or a pytree of arrays with one leading batch axis, and checks of what stands beside it."""
+"""What a state, a denoiser, a hook and a random key are, and checks of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,12 @@ from evodiff_jax.numerics import at_least_float32
 
 State = Any
 """An array (B, ...), or a pytree of arrays with one leading batch axis."""
+
+Denoiser = Callable[..., Any]
+"""denoise(x, t, *conditions) -> x_0, the data prediction, of the structure, shapes and dtypes of x; t a scalar."""
+
+Hook = Callable[[Any, jax.Array, jax.Array, Any], Any]
+"""on_state(x, t, index, key) -> x, see `sample`."""
 
 
 def check_state(x: Any, name: str) -> State:
@@ -24,7 +30,7 @@ def check_state(x: Any, name: str) -> State:
     if not leaves:
         raise TypeError(f"{name} must be an array or a pytree of arrays, got {x!r}")
     for leaf in leaves:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+        if not hasattr(leaf, "dtype"):
             raise TypeError(f"{name} must be an array or a pytree of arrays, got a leaf {leaf!r}")
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -68,6 +74,11 @@ def as_state(value: Any, x: State, call: str) -> State:
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), check_like(value, x, call), x)
 
 
+def zeros_like(x: State) -> State:
+    """Zeros that derive from x, so that they have its sharding and, in shard_map, its varying mesh axes."""
+    return jax.tree.map(lambda leaf: jnp.where(leaf == leaf, 0, 0).astype(leaf.dtype), x)
+
+
 def batch_size(x: State) -> int:
     """The number of samples in a state."""
     return jax.tree.leaves(x)[0].shape[0]
@@ -93,9 +104,47 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return False
 
 
-def leaf_keys(key: jax.Array, count: int) -> Sequence[jax.Array]:
-    """A random key for each leaf of a state: that of a single array is the key itself."""
-    return [key] if count == 1 else list(jax.random.split(key, count))
+def check_keys(key: Any, batch: int) -> jax.Array:
+    """The random key as a typed one: () for a key of the whole batch, (batch,) for one key a sample.
+
+    Raises:
+      TypeError: when it is no JAX random key.
+      ValueError: when there is neither one key nor one a sample.
+    """
+    advice = "pass a JAX random key, for example jax.random.key(0), or one a sample, jax.random.split(key, B)"
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"key must be a JAX random key, got {key!r}: {advice}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        width = jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape  # of the default implementation
+        if key.dtype != jnp.uint32 or key.shape[-1:] != width:
+            raise TypeError(f"key must be a JAX random key, got an array of {key.dtype} {key.shape}: {advice}")
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one key, or one for each of the {batch} samples, got {key.shape} keys: {advice}")
+    return key
+
+
+def fold_in(keys: jax.Array, number: Any) -> jax.Array:
+    """The key, or each of the keys, folded with a number."""
+    fold = lambda key: jax.random.fold_in(key, number)
+    return jax.vmap(fold)(keys) if keys.ndim else fold(keys)
+
+
+def normal_like(keys: jax.Array, x: State) -> State:
+    """Standard normal noise of the structure and shapes of `x`, in float32 at least.
+
+    With one key a sample, sample k depends on key k alone. The noise of a single array is that of the key itself.
+    """
+    leaves, structure = jax.tree.flatten(x)
+    noise = []
+    for i, leaf in enumerate(leaves):
+        of_leaf = keys if len(leaves) == 1 else fold_in(keys, i)
+        dtype = at_least_float32(leaf.dtype)
+        if keys.ndim:
+            noise.append(jax.vmap(lambda k, s=leaf.shape[1:], d=dtype: jax.random.normal(k, s, d))(of_leaf))
+        else:
+            noise.append(jax.random.normal(of_leaf, leaf.shape, dtype))
+    return jax.tree.unflatten(structure, noise)
 
 
 def widest(leaves: Sequence[jax.Array]) -> Any:
