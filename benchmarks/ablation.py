@@ -17,7 +17,8 @@ import numpy as np
 from quality import CALLS, PROBLEMS
 
 import evodiff_jax as ed
-from evodiff_jax import comparison, metrics
+from evodiff_jax import evaluation
+from evodiff_jax.evaluation import metrics
 from evodiff_jax.solvers import _evodiff
 
 FIGURES = ("Fréchet", "median", "RMS")
@@ -78,9 +79,9 @@ def variants() -> dict[str, ed.Solver]:
     }
 
 
-def figures(problem: comparison.Problem, solver: ed.Solver, calls: list[int], exact: np.ndarray) -> np.ndarray:
+def figures(problem: evaluation.Problem, solver: ed.Solver, calls: list[int], exact: np.ndarray) -> np.ndarray:
     """(calls, figures), all logarithms."""
-    sampler, rows = comparison.make_sampler(problem, solver, max(calls)), []
+    sampler, rows = evaluation.make_sampler(problem, solver, max(calls)), []
     distance = metrics.frechet_distance_to(problem.data)
     for count in calls:
         x = sampler(ed.grids.log_snr(problem.schedule, count))
@@ -100,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
 
     problems = [PROBLEMS[name][1](args.samples, args.store) for name in args.models]
-    converged = [comparison.converged(problem, args.store) for problem in problems]
+    converged = [evaluation.converged(problem, args.store) for problem in problems]
     print(f"| | {' | '.join(f'{name} {figure}' for name in args.models for figure in FIGURES)} |")
     print(f"|---|{'---:|' * len(FIGURES) * len(problems)}")
     full = None

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import evodiff_jax as ed
-from evodiff_jax import models
-from evodiff_jax.data import CLASS_NAMES, load_fashion_mnist
+from evodiff_jax import pretrained
+from evodiff_jax.evaluation.data import CLASS_NAMES, load_fashion_mnist
 from evodiff_jax.solvers import SOLVERS
 
 BATCH = 200
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
 
-    model, classifier = models.load(args.model), models.load_classifier("fashion_mnist")
+    model, classifier = pretrained.load(args.model), pretrained.load_classifier("fashion_mnist")
     schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
     times = ed.grids.log_snr(schedule, args.steps)
     labels = np.arange(args.samples) % model.num_classes

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import evodiff_jax as ed
-from evodiff_jax import models
-from evodiff_jax.comparison import times_of
-from evodiff_jax.data import load_fashion_mnist
+from evodiff_jax import pretrained
+from evodiff_jax.evaluation import times_of
+from evodiff_jax.evaluation.data import load_fashion_mnist
 from evodiff_jax.solvers import SOLVERS
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=50)
     args = parser.parse_args()
 
-    model = models.load("fashion_mnist")
+    model = pretrained.load("fashion_mnist")
     schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
     labels = jnp.arange(args.images) % model.num_classes
 

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import evodiff_jax as ed
-from evodiff_jax import comparison, models
-from evodiff_jax.comparison import Problem
+from evodiff_jax import evaluation, pretrained
+from evodiff_jax.evaluation import Problem
 from evodiff_jax.grids import GRIDS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20)
@@ -44,14 +44,14 @@ def digits(bandwidth: float, count: int, store: Path) -> Problem:
     from sklearn import datasets  # pyright: ignore[reportMissingImports]
 
     loaded: Any = datasets.load_digits()
-    problem = comparison.exact(f"digits-{bandwidth}", loaded.data / 8 - 1, bandwidth, count, store, SEED)
+    problem = evaluation.exact(f"digits-{bandwidth}", loaded.data / 8 - 1, bandwidth, count, store, SEED)
     return problem._replace(images=lambda x: x.reshape(-1, 8, 8, 1))
 
 
 def fashion(guidance: float, count: int, store: Path) -> Problem:
     """The packaged model, judged by the features of the packaged classifier."""
-    model = models.load("fashion_mnist")
-    return comparison.image_model(f"fashion-{guidance:g}", model, count, store, SEED, guidance)
+    model = pretrained.load("fashion_mnist")
+    return evaluation.image_model(f"fashion-{guidance:g}", model, count, store, SEED, guidance)
 
 
 def galaxies(survey: str, count: int, store: Path) -> Problem:
@@ -72,7 +72,7 @@ def galaxies(survey: str, count: int, store: Path) -> Problem:
         return jnp.concatenate([layer.mean((1, 2)) for layer in layers[:2]], axis=-1)
 
     name = f"galaxies-{survey.lower()}"
-    comparison.check_store(store / name, {"samples": count, "seed": SEED})
+    evaluation.check_store(store / name, {"samples": count, "seed": SEED})
     problem = Problem(
         name=name,
         denoise=lambda _, x, t, __: denoise(x, t),
@@ -80,20 +80,20 @@ def galaxies(survey: str, count: int, store: Path) -> Problem:
         schedule=schedule,
         noise=np.random.default_rng(SEED).standard_normal((3 * count, 1, 32, 32), np.float32),
         condition=None,
-        features=lambda x: comparison.in_parts(of_batch, x),
+        features=lambda x: evaluation.in_parts(of_batch, x),
         data=np.empty(0),
         batch=100,
         images=lambda x: 2 * np.sqrt(np.clip((np.moveaxis(x, 1, -1) + 0.4) / 6.4, 0, 1)) - 1,  # faint light shows
     )
     words = "the channel means of AlexNet's first two layers"
-    return comparison.judged_by_itself(problem, count, store, words, {"seed": SEED})
+    return evaluation.judged_by_itself(problem, count, store, words, {"seed": SEED})
 
 
 # By name how many samples to make unless told, and the problem from their number and the store.
 PROBLEMS: dict[str, tuple[int, Callable[[int, Path], Problem]]] = {
     **{
-        name: (1000, lambda n, store, name=name: comparison.mixture(name, n, store, SEED))
-        for name in comparison.MIXTURES
+        name: (1000, lambda n, store, name=name: evaluation.mixture(name, n, store, SEED))
+        for name in evaluation.MIXTURES
     },
     **{f"digits-{b}": (1000, lambda n, store, b=b: digits(b, n, store)) for b in (0.03, 0.1, 0.3)},
     **{f"fashion-{g}": (200, lambda n, store, g=g: fashion(float(g), n, store)) for g in (1, 2)},
@@ -124,7 +124,9 @@ def main() -> None:
     """Compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--solvers", nargs="+", choices=comparison.DETERMINISTIC, default=list(comparison.DETERMINISTIC))
+    parser.add_argument(
+        "--solvers", nargs="+", choices=evaluation.DETERMINISTIC, default=list(evaluation.DETERMINISTIC)
+    )
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=["log_snr", "karras"])
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
     parser.add_argument("--samples", type=int, help="default: 1000; 200 of fashion, 500 of galaxies")
@@ -135,18 +137,18 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    comparison.check_plots()
+    evaluation.check_plots()
     out = args.out or args.store
     grids, compared = {name: GRIDS[name] for name in args.grids}, []
-    solvers = {name: comparison.DETERMINISTIC[name] for name in args.solvers}
+    solvers = {name: evaluation.DETERMINISTIC[name] for name in args.solvers}
     for name in args.models:
         samples, make = PROBLEMS[name]
         problem = make(args.samples or samples, args.store)
-        total = len(comparison.runs(problem.schedule, grids, args.calls, solvers))
-        made = comparison.compare(problem, grids, args.calls, args.store, solvers, stored_only=args.stored)
+        total = len(evaluation.runs(problem.schedule, grids, args.calls, solvers))
+        made = evaluation.compare(problem, grids, args.calls, args.store, solvers, stored_only=args.stored)
         compared.append((problem, list(tqdm(made, total=total, desc=name, unit="run", disable=None))))
     path = out / "RESULTS.md"
-    written = comparison.write_report(
+    written = evaluation.write_report(
         path, "Quality at few model calls", facts(), compared, args.store, out / "results", PICTURED
     )
     print("\n".join(map(str, written)))

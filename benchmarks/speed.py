@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import evodiff_jax as ed
-from evodiff_jax import models, solvers
+from evodiff_jax import pretrained, solvers
 from evodiff_jax.tables import Coefficients
 
 Turn = Callable[[], float]
@@ -264,7 +264,7 @@ def released_peer(path: Path) -> Peer:
 
 def print_end_to_end(rounds: int) -> None:
     """Sampling with the packaged U-Net against as many calls of the network alone."""
-    model, batch, steps = models.load("fashion_mnist"), 16, 10
+    model, batch, steps = pretrained.load("fashion_mnist"), 16, 10
     schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
     times = ed.grids.log_snr(schedule, steps)
     labels = jnp.arange(batch) % model.num_classes
@@ -294,7 +294,7 @@ def print_end_to_end(rounds: int) -> None:
 
 def print_compilation(step_counts: Sequence[int]) -> None:
     """Seconds to compile, size of the program and number of compilations against the number of steps."""
-    model = models.load("fashion_mnist")
+    model = pretrained.load("fashion_mnist")
     schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
     x_T = noise((16, *model.image_shape))
     labels = jnp.arange(16) % model.num_classes
@@ -355,7 +355,7 @@ def print_memory(step_counts: Sequence[int]) -> None:
 
     def gradient(solver: ed.Solver, steps: int, remat: bool) -> str:
         times = ed.grids.log_snr(SCHEDULE, steps)
-        loss = lambda x: jnp.sum(ed.sample(deep, x, times, SCHEDULE, solver, remat=remat) ** 2)  # noqa: E731
+        loss = lambda x: jnp.sum(ed.sample(deep, x, times, SCHEDULE, solver, remat=remat) ** 2)
         compiled = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
         return temporary(compiled, 4 * math.prod(shape))
 

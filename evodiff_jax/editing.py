@@ -38,9 +38,7 @@ class Inpainting(NamedTuple):
     on_state: Hook
 
 
-def inpaint(
-    denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule, *, key: jax.Array
-) -> Inpainting:
+def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule, *, key: jax.Array) -> Inpainting:
     """Keeps a known region and lets the network fill in the rest, with every solver.
 
     Before every model call the state in the known region is set to the known data with the noise of the current

@@ -76,7 +76,7 @@ def precondition(raw: Raw, sigma_data: float) -> Raw:
         if sigma.shape not in ((), x.shape[:1]):
             raise ValueError(f"sigma must be a scalar or ({x.shape[0]},), got shape {sigma.shape}")
         c = coefficients(jnp.broadcast_to(sigma, x.shape[:1]), sigma_data)
-        per_image = lambda v: v.reshape(v.shape + (1,) * (x.ndim - 1))  # noqa: E731
+        per_image = lambda v: v.reshape(v.shape + (1,) * (x.ndim - 1))
         x_wide = x.astype(wide)
         f = raw(per_image(c.c_in) * x_wide, c.c_noise, *args).astype(wide)
         return (per_image(c.c_skip) * x_wide + per_image(c.c_out) * f).astype(x.dtype)

@@ -215,7 +215,7 @@ def sample_with_trace(
       ValueError: as `sample`.
     """
     x, done, run = _run(denoise, x_T, plan, key, on_state, False, traced=True)
-    end = lambda entries, last: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
+    end = lambda entries, last: jax.lax.dynamic_update_index_in_dim(
         jnp.concatenate([entries, jnp.zeros_like(entries[:1])]), last, run.calls, 0
     )
     return x, Trace(end(done.time, run.end), jax.tree.map(end, done.corrected, x), done.trace)
@@ -387,7 +387,7 @@ def _run(
         last = run.calls - 1
         denoised = (run.table.time[last] == run.end) & (run.table.transition[last] == 0).all()
         _, keys = (None, None) if key is None else _row_keys(key, run.calls)
-        hooked = lambda x: _hooked(x, run.end, jnp.asarray(-1), keys, on_state)  # noqa: E731
+        hooked = lambda x: _hooked(x, run.end, jnp.asarray(-1), keys, on_state)
         x = jax.lax.cond(denoised, lambda x: x, hooked, x)
     return x, done, run
 

@@ -28,7 +28,7 @@ def sums_over_samples(terms: Sequence[jax.Array], channel_axis: int | None = Non
     if not axes:
         return tuple(terms)
     # The axis that splits best into parts. The parts are added first, elementwise, then the rest is summed.
-    parts, axis = max(((_parts(terms[0].shape[axis]), -axis) for axis in axes))
+    parts, axis = max((_parts(terms[0].shape[axis]), -axis) for axis in axes)
     if parts == 1:
         return tuple(jnp.sum(term, axes) for term in terms)
     added = jax.lax.optimization_barrier(_added([_split(term, -axis, parts) for term in terms], -axis))

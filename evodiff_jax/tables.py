@@ -179,7 +179,9 @@ def check_table(solver: Solver, table: Any, schedule: NoiseSchedule, end: Any) -
     """
     name = f"the table of solver {solver.name!r}"
     if not isinstance(table, Table):
-        raise TypeError(f"{name} must be a Table, got {type(table).__name__}: its function is to return tables.Table(...)")
+        raise TypeError(
+            f"{name} must be a Table, got {type(table).__name__}: its function is to return tables.Table(...)"
+        )
     rows = np.shape(table.time)[:1]
     if np.ndim(table.time) != 1 or rows == (0,):
         raise ValueError(f"{name} must have a time for each of its rows (R,), R >= 1, got shape {np.shape(table.time)}")
@@ -288,7 +290,9 @@ def stack(plans: Sequence[Plan]) -> Plan:
     if any(p.rule != plans[0].rule for p in plans):
         raise ValueError("stack needs plans of one rule, or plans whose solvers have none: sample the others apart")
     if any(np.ndim(p.table.predictor) != 2 for p in plans):
-        raise ValueError("stack needs plans with scalar coefficients, one for all coordinates, that are not stacked yet")
+        raise ValueError(
+            "stack needs plans with scalar coefficients, one for all coordinates, that are not stacked yet"
+        )
     slots = max(p.table.predictor.shape[1] for p in plans)
     if plans[0].rule is not None and any(p.table.predictor.shape[1] != slots for p in plans):
         raise ValueError("stack needs plans that remember the same number of outputs where their solver has a rule")

@@ -78,7 +78,7 @@ def test_the_readme_shows_the_same_rooms():
 def test_importing_the_library_loads_the_core_and_nothing_heavy():
     code = (
         "import sys, evodiff_jax; "
-        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'evodiff_jax.models', "
+        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'evodiff_jax.pretrained', "
         "'evodiff_jax.cli') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from evodiff_jax import models
-from evodiff_jax.models import checkpoint
+from evodiff_jax import pretrained
+from evodiff_jax.pretrained import checkpoint
 
 TREE = {
     "layer": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4).T, "bias": np.float32([0.1, -2.5])},
@@ -73,7 +73,7 @@ def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         checkpoint.load(tmp_path / "nothing.safetensors", kind="test")
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
-        models.load(tmp_path / "nothing.safetensors")
+        pretrained.load(tmp_path / "nothing.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_a_failed_write_leaves_the_old_file_alone(path, monkeypatch):
 
 
 def tiny_model(path, **changes):
-    config = models.UNetConfig(
+    config = pretrained.UNetConfig(
         image_shape=(8, 8, 1), num_classes=2, widths=(8, 8), blocks=(1, 1), condition_width=8, heads=2
     )
     args = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(models.UNet(config).init, jax.random.key(0), *args)["params"]
+    shapes = jax.eval_shape(pretrained.UNet(config).init, jax.random.key(0), *args)["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), shapes)
     settings = config.to_dict() | {"sigma_data": 0.7} | changes
@@ -118,7 +118,7 @@ def tiny_model(path, **changes):
 def test_a_model_comes_back_from_its_file(tmp_path):
     path = tmp_path / "tiny.safetensors"
     config, params = tiny_model(path)
-    model = models.load(path)
+    model = pretrained.load(path)
     assert (model.config, model.name, model.sigma_data) == (config, "tiny", 0.7)
     assert model.metadata == {"steps": 3}
     chex.assert_trees_all_equal(model.params, params)
@@ -138,7 +138,7 @@ def test_model_files_with_wrong_settings(tmp_path, changes, message):
     path = tmp_path / "tiny.safetensors"
     tiny_model(path, **changes)
     with pytest.raises(ValueError, match=message) as error:
-        models.load(path)
+        pretrained.load(path)
     assert str(path) in str(error.value)
 
 
@@ -146,4 +146,4 @@ def test_settings_that_are_no_mapping(tmp_path):
     path = tmp_path / "list.safetensors"
     checkpoint.save(path, TREE, kind="diffusion model", config=[1, 2], card={})
     with pytest.raises(ValueError, match="damaged settings"):
-        models.load(path)
+        pretrained.load(path)

@@ -15,12 +15,12 @@ from PIL import Image
 from tiny_models import CONFIG, write_model
 
 import evodiff_jax as ed
-from evodiff_jax import cli, files, models
+from evodiff_jax import cli, files, pretrained
 from evodiff_jax.cli import main, output
 from evodiff_jax.cli import sample as cli_sample
-from evodiff_jax.models.unet import UNetConfig
+from evodiff_jax.pretrained.unet import UNetConfig
 
-PACKAGED = models.pretrained._weights() / "fashion_mnist.safetensors"
+PACKAGED = pretrained.pretrained._weights() / "fashion_mnist.safetensors"
 SIZE = 2 * 8 + 2  # side of a cell in the picture of these images
 
 
@@ -123,7 +123,7 @@ def test_a_folder_is_no_output(capsys, folder):
 
 
 def test_bad_output_is_found_before_loading(capsys, folder, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda path: pytest.fail("loaded"))
+    monkeypatch.setattr(pretrained, "load", lambda path: pytest.fail("loaded"))
     assert_refused(capsys, folder, ["sample", "--out", "nowhere/x.png"], "nowhere")
     assert_refused(capsys, folder, ["sample", "--npz", "nowhere/x.npz"], "nowhere")
 
@@ -303,16 +303,13 @@ def test_bfloat16_is_close_and_not_the_same(tiny):
 def test_options_reach_the_sampler(tiny, solver, grid, denoise_to_zero):
     run = sample(tiny, "--solver", solver, "--grid", grid, *["--denoise-to-zero"] * denoise_to_zero)
     assert f"NFE      {3 + denoise_to_zero} model calls" in run.printed
-    model, schedule, key = models.load(tiny), ed.schedules.edm(), jax.random.key(0)
+    model, schedule, key = pretrained.load(tiny), ed.schedules.edm(), jax.random.key(0)
     x_T = 80 * jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (8, 8, 1)) for i in range(5)])
     expected = jax.jit(
         lambda x: ed.sample(
             lambda x, t: model.denoise(model.params, x, t, jnp.arange(5)),
             x,
-            getattr(ed.grids, grid)(schedule, 3),
-            schedule,
-            getattr(ed.solvers, solver)(),
-            denoise_to_zero,
+            ed.plan(schedule, getattr(ed.grids, grid)(schedule, 3), getattr(ed.solvers, solver)()),
         )
     )(x_T)
     np.testing.assert_allclose(run.images, expected, atol=1e-4)

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from tiny_models import write_model
 
-from evodiff_jax import comparison, models
+from evodiff_jax import evaluation, pretrained
 from evodiff_jax.cli import main
-from evodiff_jax.comparison import Ratio, Result, _document, _plots, _report, _runs
-from evodiff_jax.metrics import Estimate
+from evodiff_jax.evaluation import Ratio, Result, _document, _plots, _report, _runs
+from evodiff_jax.evaluation.metrics import Estimate
 
 RUN = [
     "compare",
@@ -195,15 +195,15 @@ def test_a_store_without_settings_is_taken_if_it_fits(folder):
     store.mkdir()
     np.save(store / "ddim_log_snr_5.npy", np.zeros((7, 2)))
     with pytest.raises(ValueError, match="holds 7 samples, not 8"):
-        comparison.check_store(store, {"samples": 8})
-    comparison.check_store(store, {"samples": 7, "seed": 1})
+        evaluation.check_store(store, {"samples": 8})
+    evaluation.check_store(store, {"samples": 7, "seed": 1})
     assert json.loads((store / "settings.json").read_text())["seed"] == 1
-    comparison.check_store(store, {"samples": 7, "seed": 1})
+    evaluation.check_store(store, {"samples": 7, "seed": 1})
     with pytest.raises(ValueError, match="guidance None there"):
-        comparison.check_store(store, {"samples": 7, "seed": 1, "guidance": 2.0})
+        evaluation.check_store(store, {"samples": 7, "seed": 1, "guidance": 2.0})
     (store / "settings.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        comparison.check_store(store, {"samples": 7, "seed": 1})
+        evaluation.check_store(store, {"samples": 7, "seed": 1})
 
 
 def test_figures_are_kept_by_the_content_of_the_arrays(folder):
@@ -228,12 +228,12 @@ def test_figures_are_kept_by_the_content_of_the_arrays(folder):
 
 
 def test_stored_only_samples_nothing(folder, sampled):
-    problem = comparison.mixture("mixture-2d", 20, folder)
+    problem = evaluation.mixture("mixture-2d", 20, folder)
     grids = {"log_snr": comparison._runs.log_snr}
-    chosen = {name: comparison.FORMS[name] for name in ("ddim", "unipc-2")}
-    made = list(comparison.compare(problem, grids, [4], folder, {"ddim": chosen["ddim"]}, resamples=5))
+    chosen = {name: evaluation.FORMS[name] for name in ("ddim", "unipc-2")}
+    made = list(evaluation.compare(problem, grids, [4], folder, {"ddim": chosen["ddim"]}, resamples=5))
     sampled.clear()
-    found = list(comparison.compare(problem, grids, [4, 5], folder, chosen, resamples=5, stored_only=True))
+    found = list(evaluation.compare(problem, grids, [4, 5], folder, chosen, resamples=5, stored_only=True))
     assert found == made
     assert sampled == []
 
@@ -243,9 +243,9 @@ def test_the_packaged_classifier_judges_images_of_its_shape(folder):
     header = bytes([0, 0, 8, 3, 0, 0, 0, 12, 0, 0, 0, 28, 0, 0, 0, 28])
     (folder / "t10k-images-idx3-ubyte").write_bytes(header + images.tobytes())
     (folder / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 12, *range(10), 0, 1]))
-    problem = comparison.image_model("m", models.load("fashion_mnist"), 15, folder, guidance=2.0, data=folder)
+    problem = evaluation.image_model("m", pretrained.load("fashion_mnist"), 15, folder, guidance=2.0, data=folder)
     assert "features of the packaged classifier, against the 12 test images" in problem.judged_by
-    classifier = models.load_classifier("fashion_mnist")
+    classifier = pretrained.load_classifier("fashion_mnist")
     expected = classifier.predict(classifier.params, images[..., None] / 127.5 - 1.0).features
     np.testing.assert_allclose(problem.data, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(problem.condition, [*range(10), *range(5)])
@@ -281,7 +281,7 @@ def test_every_solver_against_the_best_of_the_others():
     }
     best = _report.standings(RESULTS, "frechet", best_grid=True)
     assert best == {"evodiff": [1.0], "ddim": [3.0], "heun": [1.0], "evodiff_reference": [0.1]}
-    assert [(r.solver, r.grid) for r in comparison.best_grids(RESULTS, "frechet")] == [
+    assert [(r.solver, r.grid) for r in evaluation.best_grids(RESULTS, "frechet")] == [
         ("evodiff", "b"),
         ("ddim", "b"),
         ("heun", "a"),
@@ -342,9 +342,9 @@ def test_rows_of_pictures():
 
 
 def test_pictures_only_where_samples_are_images(folder):
-    problem = comparison.mixture("mixture-2d", 20, folder)
+    problem = evaluation.mixture("mixture-2d", 20, folder)
     grids = {"log_snr": comparison._runs.log_snr}
-    made = list(comparison.compare(problem, grids, [4], folder, {"ddim": comparison.FORMS["ddim"]}, resamples=5))
+    made = list(evaluation.compare(problem, grids, [4], folder, {"ddim": evaluation.FORMS["ddim"]}, resamples=5))
     assert _plots.picture(problem, made, folder, "log_snr", 4) is None
     as_images = problem._replace(images=lambda x: x.reshape(-1, 1, 2, 1))
     assert _plots.picture(as_images, made, folder, "log_snr", 5) is None

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import evodiff_jax as ed
-from evodiff_jax.comparison import Problem, _runs, compare, converged, make_sampler, ratios, times_of
-from evodiff_jax.metrics import frechet_distance
+from evodiff_jax.evaluation import Problem, _runs, compare, converged, make_sampler, ratios, times_of
+from evodiff_jax.evaluation.metrics import frechet_distance
 from evodiff_jax.solvers import SOLVERS
 
 SCHEDULE = ed.schedules.edm(0.02, 20.0)
@@ -17,7 +17,7 @@ GRIDS = {"log_snr": ed.grids.log_snr}
 
 
 def problem(count=50, batch=16, denoise=None, **options):
-    exact = ed.denoisers.gaussian_mixture(CENTERS, 0.2, SCHEDULE)
+    exact = ed.denoisers.gaussian_mixture(SCHEDULE, CENTERS, 0.2)
     return Problem(
         name="three modes",
         denoise=denoise or (lambda params, x, t, condition: params * exact(x, t)),
@@ -82,7 +82,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
 
 def test_samples_that_blow_up_are_counted_and_not_hidden(tmp_path):
     converged(problem(), tmp_path)  # of the sound model, under the same name
-    exact = ed.denoisers.gaussian_mixture(CENTERS, 0.2, SCHEDULE)
+    exact = ed.denoisers.gaussian_mixture(SCHEDULE, CENTERS, 0.2)
 
     def denoise(params, x, t, condition):
         return jnp.where(condition["broken"][:, None], jnp.inf, exact(x, t))

@@ -4,7 +4,7 @@ import chex
 import numpy as np
 import pytest
 
-from evodiff_jax.data import CLASS_NAMES, load_fashion_mnist, read_idx
+from evodiff_jax.evaluation.data import CLASS_NAMES, load_fashion_mnist, read_idx
 
 
 def idx_bytes(array: np.ndarray, kind: int = 8) -> bytes:

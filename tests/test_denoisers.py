@@ -51,7 +51,7 @@ def test_one_network_written_in_six_forms_gives_the_same_samples(solver, x64):
     @jax.jit
     def in_all_forms(x_T):
         forms = [from_prediction(written_as(p, data, VP), VP, p) for p in PREDICTIONS]
-        return [ed.sample(denoise, x_T, times, VP, solver, key=key) for denoise in forms]
+        return [ed.sample(denoise, x_T, ed.plan(VP, times, solver), key=key) for denoise in forms]
 
     first, *others = in_all_forms(x_T)
     for other in others:
@@ -85,7 +85,7 @@ def test_data_v_and_velocity_start_where_there_is_no_signal(prediction):
     denoise = from_prediction(written_as(prediction, data, schedule), schedule, prediction)
     x_T = initial_state(schedule, (3, *SHAPE))
     for solver in (ed.solvers.evodiff(), ed.solvers.ddim(), ed.solvers.dpm_solver_pp(2), ed.solvers.unipc(3)):
-        x = ed.sample(denoise, x_T, ed.grids.time_uniform(schedule, 30), schedule, solver)
+        x = ed.sample(denoise, x_T, ed.plan(schedule, ed.grids.time_uniform(schedule, 30), solver))
         np.testing.assert_allclose(x, 2 + x_T, atol=0.25)  # the map of the ODE is the shift
 
 
@@ -105,7 +105,7 @@ def test_the_noise_of_a_pure_noise_state_leaves_no_data():
 
 def time_seen(schedule, prediction, t, **options):
     seen = []
-    fn = lambda x, time: (seen.append(time), x)[1]  # noqa: E731
+    fn = lambda x, time: (seen.append(time), x)[1]
     from_prediction(fn, schedule, prediction, **options)(jnp.ones((3, 2)), t)
     return seen[0]
 
@@ -145,7 +145,7 @@ def test_times_in_the_logarithm_stay_finite_where_sigma_ends_at_0(name):
 
 
 def test_the_packaged_preconditioning_is_the_edm_prediction():
-    from evodiff_jax.models import precondition
+    from evodiff_jax.pretrained import precondition
 
     def raw(x, c_noise):
         return jnp.tanh(x) + c_noise.reshape(-1, *(1,) * (x.ndim - 1))
@@ -166,7 +166,7 @@ def test_the_exact_model_of_a_mixture_is_its_posterior_mean(schedule, x64):
         squares = jnp.sum((x - alpha * centers) ** 2, axis=(1, 2))
         return jax.scipy.special.logsumexp(-squares / 2 / ((alpha * std) ** 2 + sigma**2))
 
-    denoise = ed.denoisers.gaussian_mixture(centers, std, schedule)
+    denoise = ed.denoisers.gaussian_mixture(schedule, centers, std)
     for fraction in (0.1, 0.5, 1.0):
         t = jnp.asarray(schedule.t_min + fraction * (schedule.t_max - schedule.t_min))
         score = jax.vmap(jax.grad(log_density), in_axes=(0, None))(x, t)
@@ -175,7 +175,7 @@ def test_the_exact_model_of_a_mixture_is_its_posterior_mean(schedule, x64):
 
 
 def test_the_exact_model_where_there_is_no_signal_is_the_mean():
-    denoise = ed.denoisers.gaussian_mixture([[1.0, 2.0], [3.0, 0.0]], 0.1, ed.schedules.flow(t_max=1.0))
+    denoise = ed.denoisers.gaussian_mixture(ed.schedules.flow(t_max=1.0), [[1.0, 2.0], [3.0, 0.0]], 0.1)
     np.testing.assert_allclose(denoise(jnp.ones((2, 2)), 1.0), [[2.0, 1.0]] * 2, rtol=1e-6)
 
 
@@ -238,7 +238,11 @@ def test_parameters_are_arguments_of_the_program_and_not_constants_in_it(make):
 
     @jax.jit
     def sample(params, x_T):
-        return ed.sample(from_prediction(lambda x, t: fn(params, x, t), VP, "v"), x_T, times, VP)
+        return ed.sample(
+            from_prediction(lambda x, t: fn(params, x, t), VP, "v"),
+            x_T,
+            ed.plan(VP, times, ed.solvers.variance_optimal()),
+        )
 
     x_T = initial_state(VP, (3, 8))
     lowered = sample.lower(params, x_T)
@@ -273,7 +277,7 @@ def test_evaluations_are_counted_when_they_are_run(jit):
     denoise = counted(lambda x, t: x / (1 + t), calls.append)
 
     def run(x_T):
-        return ed.sample(denoise, x_T, ed.grids.log_snr(VP, 7), VP)
+        return ed.sample(denoise, x_T, ed.plan(VP, ed.grids.log_snr(VP, 7), ed.solvers.variance_optimal()))
 
     run = jax.jit(run) if jit else run
     for _ in range(2):

@@ -67,7 +67,7 @@ def test_a_gaussian_is_solved_in_one_step(of_gaussian, name, schedule):
 
     def error(solver, steps):
         times = ed.grids.log_snr(schedule, steps)
-        x = ed.sample(gaussian(schedule, MEAN, DEVIATION), x_T, times, schedule, solver)
+        x = ed.sample(gaussian(schedule, MEAN, DEVIATION), x_T, ed.plan(schedule, times, solver))
         return np.abs(x - exact).max()
 
     v3 = ed.solvers.dpm_solver_v3(of_gaussian[name], 1, corrector=False)
@@ -103,7 +103,7 @@ def test_special_statistics_give_the_solvers_they_generalise(schedule, l, s, pee
                 assert weight == pytest.approx(expected.predictor[i, age], rel=1e-8), (i, age, scale)
         return
     solver = ed.solvers.dpm_solver_v3(uniform(schedule, l, s, 0.0, shape=(4, 4, 2)), order, corrector=False)
-    x, expected = (ed.sample(mixture(schedule), x_T, times, schedule, which) for which in (solver, peer))
+    x, expected = (ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, which)) for which in (solver, peer))
     chex.assert_trees_all_close(x, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -126,9 +126,9 @@ def of_mixture():
 def solutions(schedule, solvers, steps):
     x_T = initial_state(schedule, (16, 2), jnp.float64)
     denoise = mixture(schedule, CENTERS, 0.8)
-    run = jax.jit(lambda plan: ed.sample_plan(denoise, x_T, plan))
+    run = jax.jit(lambda plan: ed.sample(denoise, x_T, plan))
     exact = ed.sample(
-        denoise, x_T, ed.grids.log_snr(schedule, 3000), schedule, ed.solvers.dpm_solver_pp(3, "singlestep")
+        denoise, x_T, ed.plan(schedule, ed.grids.log_snr(schedule, 3000), ed.solvers.dpm_solver_pp(3, "singlestep"))
     )
     return [
         [
@@ -176,9 +176,11 @@ def test_runs_from_few_steps_up_to_sigma_0_and_with_denoising():
     denoise = gaussian(schedule, MEAN, DEVIATION)
     for steps in (1, 2, 3, 6):
         times = np.append(ed.grids.log_snr(EDM, steps), 0.0)
-        assert np.isfinite(ed.sample(denoise, x_T, times, schedule, solver)).all()
+        assert np.isfinite(ed.sample(denoise, x_T, ed.plan(schedule, times, solver))).all()
     times = ed.grids.log_snr(EDM, 4)
-    x, trace = jax.jit(lambda x: ed.sample_with_trace(denoise, x, times, EDM, solver, denoise_to_zero=True))(x_T)
+    x, trace = jax.jit(lambda x: ed.sample_with_trace(denoise, x, ed.plan(EDM, times, solver, denoise_to_zero=True)))(
+        x_T
+    )
     chex.assert_trees_all_close(x, denoise(trace.states[-1], times[-1]), rtol=1e-4, atol=1e-5)
 
 
@@ -193,7 +195,7 @@ def test_the_corrected_states_of_the_trace_include_the_constant(x64):
     times = ed.grids.log_snr(EDM, 5)
     x_T = initial_state(EDM, (2, *SHAPE), jnp.float64)
     solver = ed.solvers.dpm_solver_v3(exact)
-    _, trace = ed.sample_with_trace(gaussian(EDM, MEAN, DEVIATION), x_T, times, EDM, solver)
+    _, trace = ed.sample_with_trace(gaussian(EDM, MEAN, DEVIATION), x_T, ed.plan(EDM, times, solver))
     for t, x in zip(times, trace.states, strict=True):
         shrink = np.sqrt((DEVIATION**2 + t**2) / (DEVIATION**2 + EDM.t_max**2))
         np.testing.assert_allclose(x, MEAN + shrink * (x_T - MEAN), rtol=1e-4, atol=1e-4)
@@ -242,7 +244,7 @@ GOOD = uniform(EDM, 1.0, 0.0, 0.0)
             "must be concrete",
         ),
         (
-            lambda: ed.sample(lambda x, t: x, X_0, [40.0, 1.0], EDM, ed.solvers.dpm_solver_v3(GOOD)),
+            lambda: ed.sample(lambda x, t: x, X_0, ed.plan(EDM, [40.0, 1.0], ed.solvers.dpm_solver_v3(GOOD))),
             ValueError,
             "for samples of shape \\(2, 3\\)",
         ),

@@ -7,13 +7,13 @@ import pytest
 from exact_models import SCHEDULES, initial_state, mixture
 
 import evodiff_jax as ed
-from evodiff_jax.editing import add_noise, inpaint, invert, slerp
+from evodiff_jax.editing import inpaint, invert, slerp
 from evodiff_jax.solvers import SOLVERS
 
 EDM, VP = SCHEDULES["edm"], SCHEDULES["vp_linear"]
 KEY = jax.random.key(0)
 SHAPE = (3, 4, 4, 2)
-identity = lambda x, t: x  # noqa: E731
+identity = lambda x, t: x
 
 
 # ---- image-to-image
@@ -23,16 +23,16 @@ identity = lambda x, t: x  # noqa: E731
 def test_noise_of_a_time_has_its_level(schedule):
     x_0 = jnp.linspace(-1, 1, 40_000).reshape(200, 200)
     for t in (schedule.t_min, 0.5 * schedule.t_max, schedule.t_max):
-        x = add_noise(x_0, t, schedule, KEY)
+        x = schedule.add_noise(x_0, t, KEY)
         noise = (x - schedule.alpha(t) * x_0) / schedule.sigma(t)
         assert float(jnp.std(noise)) == pytest.approx(1, abs=0.02)
         assert float(jnp.mean(noise * x_0)) == pytest.approx(0, abs=0.02)
-        np.testing.assert_array_equal(x, add_noise(x_0, t, schedule, KEY))
-        assert add_noise(x_0.astype(jnp.bfloat16), t, schedule, KEY).dtype == jnp.bfloat16
+        np.testing.assert_array_equal(x, schedule.add_noise(x_0, t, KEY))
+        assert schedule.add_noise(x_0.astype(jnp.bfloat16), t, KEY).dtype == jnp.bfloat16
 
 
 def test_the_leaves_of_a_state_get_noise_of_their_own():
-    x = add_noise({"a": jnp.zeros((4, 9)), "b": jnp.zeros((4, 9))}, 1.0, EDM, KEY)
+    x = EDM.add_noise({"a": jnp.zeros((4, 9)), "b": jnp.zeros((4, 9))}, 1.0, KEY)
     assert np.abs(x["a"] - x["b"]).max() > 0.1
 
 
@@ -43,7 +43,9 @@ def test_image_to_image_keeps_more_of_the_image_the_smaller_the_strength(x64):
     for strength in (0.1, 0.5, 1.0):
         times = ed.grids.last_steps(whole, strength)
         assert times.size == round(strength * 20) + 1
-        x = ed.sample(mixture(VP), add_noise(image, times[0], VP, KEY), times, VP)
+        x = ed.sample(
+            mixture(VP), VP.add_noise(image, times[0], KEY), ed.plan(VP, times, ed.solvers.variance_optimal())
+        )
         distances.append(float(jnp.sqrt(jnp.mean((x - image) ** 2))))
     assert distances[0] < distances[1] < distances[2]
 
@@ -54,7 +56,7 @@ def test_a_run_can_start_and_end_anywhere(name, x64):
     times = ed.grids.log_snr(EDM, 60, start=5.0, end=0.3)
     spread = np.sqrt(1 + times[[0, -1]] ** 2)  # of unit normal data
     x_T = initial_state(EDM, SHAPE, jnp.float64)
-    x = ed.sample(lambda x, t: x / (1 + t**2), spread[0] * x_T, times, EDM, SOLVERS[name]())
+    x = ed.sample(lambda x, t: x / (1 + t**2), spread[0] * x_T, ed.plan(EDM, times, SOLVERS[name]()))
     if name != "evodiff_reference":  # its last step scales the state
         np.testing.assert_allclose(x, spread[1] * x_T, rtol=0.08 if name == "ddim" else 0.02)
 
@@ -81,15 +83,15 @@ def test_the_known_region_has_the_noise_of_the_current_level_in_every_call(name,
 
     x_T = initial_state(schedule, SHAPE, jnp.float64)
     times = ed.grids.log_snr(schedule, 5)
-    denoise, on_state = inpaint(model, jnp.asarray(KNOWN), MASK, schedule, KEY)
-    x = ed.sample(denoise, x_T, times, schedule, solver, key=KEY, on_state=on_state)
+    denoise, on_state = inpaint(model, jnp.asarray(KNOWN), MASK, schedule, key=KEY)
+    x = ed.sample(denoise, x_T, ed.plan(schedule, times, solver), key=KEY, on_state=on_state)
     jax.effects_barrier()
     left = np.broadcast_to(MASK, SHAPE)
-    noise = np.asarray(add_noise(jnp.zeros(SHAPE), 1.0, EDM, KEY))
+    noise = np.asarray(EDM.add_noise(jnp.zeros(SHAPE), 1.0, KEY))
     for state, t, rtol in [*((*call, 1e-5) for call in seen), (x, times[-1], 1e-9)]:  # callbacks are in float32
         level = (schedule.alpha(t) * KNOWN + schedule.sigma(t) * noise)[left]
         np.testing.assert_allclose(np.asarray(state)[left], level, rtol=rtol, atol=rtol)
-    clean = ed.sample(denoise, x_T, times, schedule, solver, denoise_to_zero=True, key=KEY, on_state=on_state)
+    clean = ed.sample(denoise, x_T, ed.plan(schedule, times, solver, denoise_to_zero=True), key=KEY, on_state=on_state)
     np.testing.assert_array_equal(np.asarray(clean)[left], KNOWN[left])
 
 
@@ -98,9 +100,11 @@ def test_the_rest_is_drawn_to_fit_the_known_region():
     centers = np.array([[-1.0, -1.0], [1.0, 1.0]])
     sign = jnp.where(jnp.arange(400) % 2, 1.0, -1.0)
     known = jnp.stack([sign, jnp.full(400, jnp.nan)], axis=1)
-    denoise, on_state = inpaint(mixture(EDM, centers, 0.05), known, np.array([True, False]), EDM, KEY)
+    denoise, on_state = inpaint(mixture(EDM, centers, 0.05), known, np.array([True, False]), EDM, key=KEY)
     x_T = initial_state(EDM, (400, 2))
-    x = ed.sample(denoise, x_T, ed.grids.log_snr(EDM, 20), EDM, on_state=on_state)
+    x = ed.sample(
+        denoise, x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 20), ed.solvers.variance_optimal()), on_state=on_state
+    )
     assert np.isfinite(x).all()
     assert np.mean(np.sign(x[:, 1]) == sign) > 0.8
 
@@ -108,10 +112,10 @@ def test_the_rest_is_drawn_to_fit_the_known_region():
 def test_masks_and_known_regions_broadcast():
     x = jnp.zeros(SHAPE)
     for mask in (MASK, np.broadcast_to(MASK, (1, 4, 4, 1)), jnp.broadcast_to(MASK, SHAPE), MASK[:, :, 0, None]):
-        denoise, on_state = inpaint(identity, jnp.asarray(KNOWN), mask, EDM, KEY)
+        denoise, on_state = inpaint(identity, jnp.asarray(KNOWN), mask, EDM, key=KEY)
         np.testing.assert_allclose(denoise(x, 1.0), np.where(MASK, KNOWN, 0), rtol=1e-6)
         np.testing.assert_array_equal(np.asarray(on_state(x, jnp.float32(1.0)))[~np.broadcast_to(MASK, SHAPE)], 0)
-    one = inpaint(identity, jnp.asarray(KNOWN[:1]), MASK, EDM, KEY)
+    one = inpaint(identity, jnp.asarray(KNOWN[:1]), MASK, EDM, key=KEY)
     np.testing.assert_allclose(one.denoise(x, 1.0)[2], np.where(MASK, KNOWN[0], 0), rtol=1e-6)
     assert np.abs(np.diff(one.on_state(x, jnp.float32(1.0)), axis=0)[:, :, 0]).min() > 0  # noise for each sample
 
@@ -126,12 +130,12 @@ def test_inversion_finds_the_noise_and_comes_back_as_steps_get_small(name, x64):
     schedule = ed.schedules.edm(0.1, 10.0)
     x_T, denoise, solver = initial_state(schedule, SHAPE, jnp.float64), mixture(schedule), SOLVERS[name]()
     fine = ed.grids.log_snr(schedule, 2000)
-    x_0 = ed.sample(denoise, x_T, fine, schedule, ed.solvers.dpm_solver_pp(2))
+    x_0 = ed.sample(denoise, x_T, ed.plan(schedule, fine, ed.solvers.dpm_solver_pp(2)))
     errors = []
     for steps in (60, 240):
         times = ed.grids.log_snr(schedule, steps)
-        noise = invert(denoise, x_0, times, schedule, solver)
-        back = ed.sample(denoise, noise, times, schedule, solver)
+        noise = invert(denoise, x_0, schedule, times, solver)
+        back = ed.sample(denoise, noise, ed.plan(schedule, times, solver))
         errors.append([float(jnp.sqrt(jnp.mean(d**2))) for d in ((noise - x_T) / 10, back - x_0)])
     first_order = name == "ddim"
     assert max(errors[1]) < (0.02 if first_order else 1e-3)

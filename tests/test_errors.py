@@ -73,7 +73,11 @@ BAD = {
     "a number of steps for times": (sample(times=10), V, r"times must be N \+ 1 >= 2 times.*got shape \(\)"),
     "no schedule": (sample(schedule=None), T, "schedule must be a NoiseSchedule, for example schedules.edm.*got None"),
     "an uncalled schedule": (sample(schedule=ed.schedules.edm), T, "schedule must be a NoiseSchedule"),
-    "an uncalled solver": (sample(solver=s.evodiff), T, r"solver must be a Solver.*solvers.dpm_solver_pp\(2\), called, got"),
+    "an uncalled solver": (
+        sample(solver=s.evodiff),
+        T,
+        r"solver must be a Solver.*solvers.dpm_solver_pp\(2\), called, got",
+    ),
     "a name for a solver": (sample(solver="ddim"), T, "solver must be a Solver.*got 'ddim'"),
     "no key": (sample(solver=s.ddim(1.0)), V, r"stochastic: pass key, for example jax.random.key\(0\)"),
     "no key for the SDE": (sample(solver=s.sde_dpm_solver_pp()), V, "stochastic: pass key"),
@@ -114,7 +118,11 @@ BAD = {
         V,
         r"returned \(3, 4, 4, 4\)",
     ),
-    "a hook returns nothing": (sample(on_state=lambda *_: None), T, r"on_state\(x, t, index, key\) must return .*NoneType"),
+    "a hook returns nothing": (
+        sample(on_state=lambda *_: None),
+        T,
+        r"on_state\(x, t, index, key\) must return .*NoneType",
+    ),
     "a hook returns another shape": (sample(on_state=lambda x, *_: x[0]), V, r"on_state.*it returned \(4, 4, 2\)"),
     # predictions and times of networks
     "an unknown prediction": (

@@ -42,7 +42,7 @@ def median_error(x, exact):
 @functools.partial(jax.jit, static_argnums=0)
 def run_plan(denoise, x_T, plan):
     """Compiled once for all plans of as many rows."""
-    return ed.sample_plan(denoise, x_T, plan)
+    return ed.sample(denoise, x_T, plan)
 
 
 def three_tenths(x, t):
@@ -65,7 +65,7 @@ def test_a_constant_model_is_integrated_exactly(schedule, grid, x64):
 
 @jax.jit
 def run_constant(x_T, value, plan):
-    return ed.sample_plan(constant(value), x_T, plan)
+    return ed.sample(constant(value), x_T, plan)
 
 
 @settings(deadline=None, max_examples=30)
@@ -83,7 +83,7 @@ def test_any_constant_comes_back_in_float32(value, grid, schedule):
 
 
 def test_the_released_form_does_not_return_a_constant():
-    x = ed.sample(constant(0.3), initial_state(EDM, (2, 4, 4, 1)), ed.grids.log_snr(EDM, 8), EDM, REFERENCE)
+    x = ed.sample(constant(0.3), initial_state(EDM, (2, 4, 4, 1)), ed.plan(EDM, ed.grids.log_snr(EDM, 8), REFERENCE))
     assert np.min(np.abs(x - 0.3)) > 0.02
 
 
@@ -95,7 +95,7 @@ def test_normal_data_is_integrated_far_better_than_by_fixed_coefficients(steps, 
 
     @jax.jit
     def run(std, plan):
-        return ed.sample_plan(lambda x, t: std**2 / (std**2 + t**2) * x, x_T, plan)
+        return ed.sample(lambda x, t: std**2 / (std**2 + t**2) * x, x_T, plan)
 
     stds, errors = np.geomspace(0.2, 6, 13), []
     for solver in (ed.solvers.evodiff(), ed.solvers.dpm_solver_pp(2)):
@@ -122,7 +122,7 @@ def test_data_of_one_of_the_scales_runs_as_that_scale_does(schedule, scale, x64)
     denoise = mixture(schedule, np.zeros((1, 3, 2)), std)
     start = solver.table(schedule, times).rule.start[0, scale]
     x_T = jnp.full((2, 3, 2), alpha[0] * std * start)
-    states = ed.sample_with_trace(denoise, x_T, times, schedule, solver)[1].states
+    states = ed.sample_with_trace(denoise, x_T, ed.plan(schedule, times, solver))[1].states
     state = ed.stepping.init(x_T, ed.plan(schedule, times, solver))
     for i in range(8):
         state = ed.stepping.update(state, denoise(state.x, state.t))
@@ -223,7 +223,7 @@ def test_a_constant_model_has_finite_values_and_gradients(solver, grid):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def run(x, value):
-        return jnp.sum(ed.sample(lambda x, t: jnp.full_like(x, 1.0) * value, x, grid(EDM, 5), EDM, solver))
+        return jnp.sum(ed.sample(lambda x, t: jnp.full_like(x, 1.0) * value, x, ed.plan(EDM, grid(EDM, 5), solver)))
 
     for value in (0.0, 0.3, 1e-25, 1e15):
         chex.assert_tree_all_finite(run(x_T, jnp.float32(value)))
@@ -237,8 +237,8 @@ def test_tiny_and_huge_models_have_finite_values_and_gradients(solver):
     @jax.jit
     @jax.value_and_grad
     def run(x, size):
-        model = lambda x, t: size * jnp.tanh(x / (1 + t))  # noqa: E731
-        return jnp.sum(ed.sample(model, x, ed.grids.log_snr(EDM, 7), EDM, solver))
+        model = lambda x, t: size * jnp.tanh(x / (1 + t))
+        return jnp.sum(ed.sample(model, x, ed.plan(EDM, ed.grids.log_snr(EDM, 7), solver)))
 
     for size in (1e-25, 1e-20, 1e-15, 1e-8, 1e8, 1e15):
         chex.assert_tree_all_finite(run(x_T, size))
@@ -253,20 +253,20 @@ def test_a_channel_on_which_the_model_is_zero_stays_finite(make, channel_axis):
     def masked(x, t):
         return mixture(EDM)(x, t) * jnp.array([1.0, 0.0], x.dtype)
 
-    run = jax.value_and_grad(lambda x: jnp.sum(ed.sample(masked, x, times, EDM, make(channel_axis))))
+    run = jax.value_and_grad(lambda x: jnp.sum(ed.sample(masked, x, ed.plan(EDM, times, make(channel_axis)))))
     chex.assert_tree_all_finite(jax.jit(run)(x_T))
 
 
 @pytest.mark.parametrize("steps", [5, 6])
 def test_samples_that_commit_in_steps_that_grow_long_are_better_than_by_fixed_coefficients(steps):
     schedule = ed.schedules.edm()
-    denoise = ed.denoisers.gaussian_mixture(np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1, schedule)
+    denoise = ed.denoisers.gaussian_mixture(schedule, np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1)
     x_T = schedule.t_max * jax.random.normal(jax.random.key(0), (200, 64))
-    exact = ed.sample(denoise, x_T, ed.grids.log_snr(schedule, 300), schedule, ed.solvers.unipc(3))
+    exact = ed.sample(denoise, x_T, ed.plan(schedule, ed.grids.log_snr(schedule, 300), ed.solvers.unipc(3)))
     times = ed.grids.karras(schedule, steps)  # in the last steps, half as long again as those before, samples commit
 
     def errors(solver):
-        return jnp.sqrt(jnp.mean((ed.sample(denoise, x_T, times, schedule, solver) - exact) ** 2, axis=1))
+        return jnp.sqrt(jnp.mean((ed.sample(denoise, x_T, ed.plan(schedule, times, solver)) - exact) ** 2, axis=1))
 
     ours, theirs = errors(ed.solvers.evodiff()), errors(ed.solvers.dpm_solver_pp(2))
     assert jnp.median(ours) < 0.6 * jnp.median(theirs)
@@ -277,15 +277,17 @@ def test_samples_that_commit_in_steps_that_grow_long_are_better_than_by_fixed_co
 def test_a_run_from_alpha_zero_to_sigma_zero_is_better_than_ddim(steps, x64):
     x_T = initial_state(FLOW, (32, 4, 4, 2), jnp.float64)
     denoise = mixture(FLOW)
-    exact = ed.sample(denoise, x_T, np.linspace(1, 0, 1001), FLOW, ed.solvers.dpm_solver_pp(2))
+    exact = ed.sample(denoise, x_T, ed.plan(FLOW, np.linspace(1, 0, 1001), ed.solvers.dpm_solver_pp(2)))
     solvers = (ed.solvers.evodiff(), ed.solvers.ddim())
-    x, by_ddim = (ed.sample(denoise, x_T, np.linspace(1, 0, steps + 1), FLOW, solver) for solver in solvers)
+    x, by_ddim = (ed.sample(denoise, x_T, ed.plan(FLOW, np.linspace(1, 0, steps + 1), solver)) for solver in solvers)
     assert median_error(x, exact) < median_error(by_ddim, exact)
 
 
 @pytest.mark.parametrize("steps", [2, 8])
 def test_a_run_from_alpha_zero_to_sigma_zero_has_finite_values_and_gradients(steps):
-    run = lambda x: jnp.sum(ed.sample(mixture(FLOW), x, np.linspace(1, 0, steps + 1), FLOW))  # noqa: E731
+    run = lambda x: jnp.sum(
+        ed.sample(mixture(FLOW), x, ed.plan(FLOW, np.linspace(1, 0, steps + 1), ed.solvers.variance_optimal()))
+    )
     chex.assert_tree_all_finite(jax.jit(jax.value_and_grad(run))(initial_state(FLOW, (2, 4, 4, 2))))
 
 
@@ -295,9 +297,9 @@ def test_sampling_may_end_at_sigma_zero(solver, steps):
     schedule = ed.schedules.edm(0.0, 80.0)
     times = np.append(ed.grids.log_snr(EDM, steps)[:-1], 0.0)
     x_T = initial_state(schedule, (3, 4, 4, 2))
-    chex.assert_tree_all_finite(ed.sample(mixture(EDM), x_T, times, schedule, solver))
+    chex.assert_tree_all_finite(ed.sample(mixture(EDM), x_T, ed.plan(schedule, times, solver)))
     if solver is not REFERENCE:  # the last step is the model's own prediction
-        x = ed.sample(clock_model, x_T, times, schedule, solver)
+        x = ed.sample(clock_model, x_T, ed.plan(schedule, times, solver))
         chex.assert_trees_all_close(x, clock_model(x_T, times[-2]), rtol=1e-5)
 
 
@@ -309,32 +311,39 @@ def clock_model(x, t):
 def test_the_first_step_is_corrected_once_its_end_is_known(x64):
     times = ed.grids.log_snr(EDM, 8)
     x_T = initial_state(EDM, (4, 4, 4, 2), jnp.float64)
-    first = ed.sample_with_trace(mixture(EDM), x_T, times, EDM)[1].states[1]
-    exact = ed.sample(mixture(EDM), x_T, ed.grids.log_snr(EDM, 800, end=times[1]), EDM, ed.solvers.dpm_solver_pp(2))
-    probe = ed.sample(mixture(EDM), x_T, times[:2], EDM, ed.solvers.ddim())
+    first = ed.sample_with_trace(mixture(EDM), x_T, ed.plan(EDM, times, ed.solvers.variance_optimal()))[1].states[1]
+    exact = ed.sample(
+        mixture(EDM), x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 800, end=times[1]), ed.solvers.dpm_solver_pp(2))
+    )
+    probe = ed.sample(mixture(EDM), x_T, ed.plan(EDM, times[:2], ed.solvers.ddim()))
     assert median_error(first, exact) < median_error(probe, exact) / 3
 
 
 def test_the_last_step_is_safe_at_a_final_sigma_of_a_tenth_where_the_released_one_is_not(x64):
     schedule = ed.schedules.edm(0.1, 10.0)
     x_T = initial_state(schedule, (16, 4, 4, 2), jnp.float64)
-    exact = ed.sample(mixture(schedule), x_T, ed.grids.log_snr(schedule, 2000), schedule, ed.solvers.ddim())
+    exact = ed.sample(mixture(schedule), x_T, ed.plan(schedule, ed.grids.log_snr(schedule, 2000), ed.solvers.ddim()))
     times = ed.grids.log_snr(schedule, 10)
-    errors = [median_error(ed.sample(mixture(schedule), x_T, times, schedule, solver), exact) for solver in BOTH]
+    errors = [
+        median_error(ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver)), exact) for solver in BOTH
+    ]
     assert errors[0] < errors[1] / 2
 
 
 @pytest.mark.parametrize("grid", [ed.grids.log_snr, ed.grids.karras], ids=lambda grid: grid.__name__)
 def test_float32_is_close_to_float64(grid, x64):
     x_T = initial_state(EDM, (32, 4, 4, 2), jnp.float64)
-    exact, x = (ed.sample(mixture(EDM), x_T.astype(t), grid(EDM, 10), EDM) for t in (jnp.float64, jnp.float32))
+    exact, x = (
+        ed.sample(mixture(EDM), x_T.astype(t), ed.plan(EDM, grid(EDM, 10), ed.solvers.variance_optimal()))
+        for t in (jnp.float64, jnp.float32)
+    )
     np.testing.assert_allclose(x, exact, atol=1e-3)
 
 
 @pytest.mark.parametrize("channel_axis", [None, -1])
 def test_bfloat16_runs_are_finite(channel_axis):
     x_T = initial_state(EDM, (8, 4, 4, 2), jnp.bfloat16)
-    x = ed.sample(mixture(EDM), x_T, ed.grids.log_snr(EDM, 10), EDM, ed.solvers.evodiff(channel_axis))
+    x = ed.sample(mixture(EDM), x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 10), ed.solvers.evodiff(channel_axis)))
     assert x.dtype == jnp.bfloat16
     chex.assert_tree_all_finite(x)
     assert np.max(np.abs(x)) < 10
@@ -367,10 +376,14 @@ def test_the_coefficients_do_not_depend_on_units_origin_and_axes_of_the_data(log
         centers, noise = rng.normal(size=(5, 8)), 80 * rng.normal(size=(3, 8))
         rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
         times, other = ed.grids.log_snr(EDM, 8), ed.schedules.edm(0.002 * scale, 80 * scale)
-        there = lambda x: scale * (x @ rotation + shift)  # noqa: E731
-        x, trace = ed.sample_with_trace(mixture(EDM, centers, 0.3), jnp.asarray(noise), times, EDM)
+        there = lambda x: scale * (x @ rotation + shift)
+        x, trace = ed.sample_with_trace(
+            mixture(EDM, centers, 0.3), jnp.asarray(noise), ed.plan(EDM, times, ed.solvers.variance_optimal())
+        )
         moved = mixture(other, there(centers), 0.3 * scale)
-        x_there, trace_there = ed.sample_with_trace(moved, jnp.asarray(there(noise)), scale * times, other)
+        x_there, trace_there = ed.sample_with_trace(
+            moved, jnp.asarray(there(noise)), ed.plan(other, scale * times, ed.solvers.variance_optimal())
+        )
         np.testing.assert_allclose(x_there, there(x), rtol=1e-6, atol=1e-7 * scale)
         np.testing.assert_allclose(
             trace_there.coefficients["variance"], trace.coefficients["variance"], rtol=1e-4, atol=1e-12
@@ -380,7 +393,7 @@ def test_the_coefficients_do_not_depend_on_units_origin_and_axes_of_the_data(log
 @pytest.mark.parametrize("channel_axis", [None, -1])
 def test_samples_of_a_batch_do_not_depend_on_each_other(channel_axis, x64):
     x_T, times = initial_state(EDM, (4, 4, 4, 2), jnp.float64), ed.grids.log_snr(EDM, 8)
-    run = jax.jit(lambda x: ed.sample(mixture(EDM), x, times, EDM, ed.solvers.evodiff(channel_axis)))
+    run = jax.jit(lambda x: ed.sample(mixture(EDM), x, ed.plan(EDM, times, ed.solvers.evodiff(channel_axis))))
     together = run(x_T)
     for i in range(4):
         np.testing.assert_allclose(run(x_T[i : i + 1])[0], together[i], rtol=1e-9, atol=1e-11)
@@ -393,7 +406,7 @@ def test_coefficients_are_chosen_for_channels_or_for_samples(solver):
     times = ed.grids.log_snr(EDM, 6)
 
     def trace(channel_axis, x, model):
-        return ed.sample_with_trace(model, x, times, EDM, make(channel_axis))[1]
+        return ed.sample_with_trace(model, x, ed.plan(EDM, times, make(channel_axis)))[1]
 
     assert make().channel_axis == (None if solver.name == "evodiff" else -1)
     of_channels, of_samples = (trace(channel_axis, x_T, mixture(EDM)) for channel_axis in (-1, None))
@@ -424,7 +437,7 @@ def test_coefficients_are_chosen_for_channels_or_for_samples(solver):
 
 def test_the_released_zeta_and_eta_are_within_the_bounds_of_their_definition():
     x_T = initial_state(EDM, (8, 4, 4, 2))
-    _, trace = ed.sample_with_trace(mixture(EDM), x_T, ed.grids.log_snr(EDM, 12), EDM, REFERENCE)
+    _, trace = ed.sample_with_trace(mixture(EDM), x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 12), REFERENCE))
     assert np.all((trace.eta >= 0.25) & (trace.eta <= 0.5 / (1 + np.exp(-1)) + 1e-6))
     assert np.all((trace.zeta >= 1 / (1 + np.exp(0.5)) - 1e-6) & (trace.zeta < 1))
     assert all(entry.shape == trace.zeta.shape for entry in jax.tree.leaves(trace.gram))
@@ -436,7 +449,7 @@ def test_zeta_and_eta_are_those_of_the_steps_that_were_made(schedule, x64):
     steps, times = 9, ed.grids.karras(schedule, 9)
     x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
     denoise = mixture(schedule)
-    _, trace = ed.sample_with_trace(denoise, x_T, times, schedule)
+    _, trace = ed.sample_with_trace(denoise, x_T, ed.plan(schedule, times, ed.solvers.variance_optimal()))
     assert trace.zeta.shape == trace.eta.shape == trace.coefficients["variance"].shape == (steps - 2, 3)
     assert np.all(trace.coefficients["variance"] >= 0)
     state, outputs = ed.stepping.init(x_T, ed.plan(schedule, times)), []

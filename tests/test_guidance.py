@@ -60,7 +60,7 @@ def test_negative_conditions_push_the_other_way():
 
 def test_rescaled_guidance_is_that_of_the_paper():
     x = formula(3.5)
-    std = lambda a: np.std(a, axis=1, keepdims=True)  # noqa: E731
+    std = lambda a: np.std(a, axis=1, keepdims=True)
     rescaled = x * std(network(X, 1.0, CONDITION)) / std(x)
     for phi in (0.7, 1.0):
         np.testing.assert_allclose(guided(rescale=phi)(X, 1.0), phi * rescaled + (1 - phi) * x, rtol=1e-5)
@@ -98,7 +98,7 @@ def test_model_calls_and_network_evaluations_are_counted_apart(solver, batched):
     inner = counted(lambda x, t, c: x / (1 + t**2) + 0 * c[:, None], evaluations.append)
     guide = classifier_free_guidance(inner, CONDITION, NULL, 2.0, batched=batched, interval=(0.05, 5.0), schedule=EDM)
     denoise = counted(guide, model_calls.append)
-    jax.jit(lambda x: ed.sample(denoise, x, times, EDM, solver))(X).block_until_ready()
+    jax.jit(lambda x: ed.sample(denoise, x, ed.plan(EDM, times, solver)))(X).block_until_ready()
     jax.effects_barrier()
     called = np.asarray(ed.plan(EDM, times, solver).table.time)
     assert len(model_calls) == called.size
@@ -132,7 +132,7 @@ def test_guided_sampling_runs_under_jit_with_conditions_as_arguments():
     @jax.jit
     def run(x_T, mean):
         denoise = classifier_free_guidance(fn, mean, jnp.zeros_like(mean), 2.0)
-        return ed.sample(denoise, x_T, ed.grids.log_snr(EDM, 10), EDM)
+        return ed.sample(denoise, x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 10), ed.solvers.variance_optimal()))
 
     x = run(initial_state(EDM, (500, 2)), jnp.full(500, 0.5))
     assert float(jnp.mean(x)) == pytest.approx(1.0, abs=0.1)

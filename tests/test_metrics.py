@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evodiff_jax.metrics import bootstrap, bootstrap_ratio, frechet_distance, kernel_distance, trajectory_errors
+from evodiff_jax.evaluation.metrics import (
+    bootstrap,
+    bootstrap_ratio,
+    frechet_distance,
+    kernel_distance,
+    trajectory_errors,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -37,8 +43,8 @@ def test_the_frechet_distance_of_a_set_from_itself_moved_is_the_move():
 
 def test_the_kernel_distance_is_the_double_sum_without_the_diagonal():
     a, b = features(7, 3), features(9, 3, 1)
-    kernel = lambda x, y: (x @ y.T / 3 + 1) ** 3  # noqa: E731
-    off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # noqa: E731
+    kernel = lambda x, y: (x @ y.T / 3 + 1) ** 3
+    off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
     expected = off(kernel(a, a)) + off(kernel(b, b)) - 2 * kernel(a, b).mean()
     assert kernel_distance(a, b)[0] == pytest.approx(expected, rel=1e-12)
 

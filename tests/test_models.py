@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from evodiff_jax import models, preconditioning
-from evodiff_jax.models.classifier import apply_classifier
-from evodiff_jax.models.unet import UNetConfig, apply_unet, fold, unfold
+from evodiff_jax import preconditioning, pretrained
+from evodiff_jax.pretrained.classifier import apply_classifier
+from evodiff_jax.pretrained.unet import UNetConfig, apply_unet, fold, unfold
 
 TINY = UNetConfig(image_shape=(8, 8, 2), num_classes=3, widths=(8, 16), blocks=(1, 1), heads=2, condition_width=16)
 SIGMA_DATA = 0.7
@@ -27,7 +27,7 @@ def normal(seed, shape, dtype=jnp.float32):
 def params():
     """Weights of a tiny network, none of them at its zero start; drawn by NumPy, which compiles nothing."""
     args = jnp.zeros((1, 8, 8, 2)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(models.UNet(TINY).init, jax.random.key(0), *args)["params"]
+    shapes = jax.eval_shape(pretrained.UNet(TINY).init, jax.random.key(0), *args)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda p: jnp.asarray(0.2 * rng.standard_normal(p.shape).astype(np.float32)), shapes)
 
@@ -54,7 +54,7 @@ def labels():
 
 @pytest.fixture(scope="module")
 def model():
-    return models.load("fashion_mnist")
+    return pretrained.load("fashion_mnist")
 
 
 # EDM preconditioning
@@ -130,7 +130,7 @@ def test_unfold_inverts_fold_and_keeps_neighbours_together():
 
 def test_new_network_returns_zeros(inputs):
     config = dataclasses.replace(TINY, widths=(8,), blocks=(1,))
-    output, _ = jax.jit(models.UNet(config).init_with_output)(jax.random.key(0), *inputs)
+    output, _ = jax.jit(pretrained.UNet(config).init_with_output)(jax.random.key(0), *inputs)
     chex.assert_trees_all_equal(output, jnp.zeros((2, 8, 8, 2), jnp.float32))
 
 
@@ -167,7 +167,7 @@ def test_bfloat16_agrees_with_float32(params, run, inputs):
 
 def test_dropout_acts_only_with_a_key(params, run, inputs):
     config = dataclasses.replace(TINY, dropout=0.5)
-    program = lambda config: str(jax.make_jaxpr(lambda *args: apply_unet(config, params, *args))(*inputs))  # noqa: E731
+    program = lambda config: str(jax.make_jaxpr(lambda *args: apply_unet(config, params, *args))(*inputs))
     assert program(config) == program(TINY)
     dropped = jax.jit(lambda key, *args: apply_unet(config, params, *args, key))(jax.random.key(0), *inputs)
     assert jnp.all(jnp.any(dropped != run(*inputs), axis=(1, 2, 3)))
@@ -189,8 +189,8 @@ def test_other_sizes_work_and_wrong_ones_say_what_fits(params):
 def test_config_survives_json():
     config = UNetConfig(widths=(8, 16, 24), blocks=(1, 2, 3), image_shape=(16, 24, 3), dtype="bfloat16")
     assert UNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    config = models.ClassifierConfig(widths=(4, 8), features=3)
-    assert models.ClassifierConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = pretrained.ClassifierConfig(widths=(4, 8), features=3)
+    assert pretrained.ClassifierConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -218,18 +218,18 @@ def test_wrong_configs_are_refused(change, message):
 @pytest.mark.parametrize("change", [{"widths": ()}, {"features": 0}, {"dropout": -0.1}, {"nothing": 1}])
 def test_wrong_classifier_configs_are_refused(change):
     with pytest.raises(ValueError, match=r"at least 1|dropout|unknown"):
-        models.ClassifierConfig.from_dict(models.ClassifierConfig().to_dict() | change)
+        pretrained.ClassifierConfig.from_dict(pretrained.ClassifierConfig().to_dict() | change)
 
 
 # Packaged models
 
 
 def test_packaged_names():
-    assert "fashion_mnist" in models.available()
+    assert "fashion_mnist" in pretrained.available()
     with pytest.raises(ValueError, match=r"no packaged model 'cifar'; there are: fashion_mnist"):
-        models.load("cifar")
+        pretrained.load("cifar")
     with pytest.raises(ValueError, match=r"no packaged model 'cifar'; there are: fashion_mnist"):
-        models.load_classifier("cifar")
+        pretrained.load_classifier("cifar")
 
 
 def test_packaged_model_describes_itself(model):
@@ -238,7 +238,7 @@ def test_packaged_model_describes_itself(model):
     assert {"steps", "loss", "date", "command", "training"} <= set(model.metadata)
     chex.assert_tree_all_finite(model.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
-    folder = Path(models.__file__).parent / "weights"
+    folder = Path(pretrained.__file__).parent / "weights"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
 
 
@@ -282,7 +282,7 @@ def test_wrong_labels_are_refused(model):
 
 
 def test_packaged_classifier_knows_clothes(images, labels):
-    classifier = models.load_classifier("fashion_mnist")
+    classifier = pretrained.load_classifier("fashion_mnist")
     output = jax.jit(classifier.predict)(classifier.params, images)
     chex.assert_shape(output.logits, (500, 10))
     chex.assert_shape(output.features, (500, classifier.config.features))
@@ -291,10 +291,12 @@ def test_packaged_classifier_knows_clothes(images, labels):
 
 def test_classifier_says_which_images_it_takes():
     with pytest.raises(ValueError, match="batch, height, width, 1"):
-        apply_classifier(models.ClassifierConfig(), {}, jnp.zeros((2, 28, 28)))
+        apply_classifier(pretrained.ClassifierConfig(), {}, jnp.zeros((2, 28, 28)))
 
 
 def test_importing_the_core_loads_no_model_library():
-    code = "import sys, evodiff_jax; print([m for m in ('flax', 'optax', 'evodiff_jax.models') if m in sys.modules])"
+    code = (
+        "import sys, evodiff_jax; print([m for m in ('flax', 'optax', 'evodiff_jax.pretrained') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -137,7 +137,11 @@ def library(module):
         exec(ROWS[have], found)
 
         def sample(params, x_T):
-            return ed.sample(lambda x, t: found["network"](params, x, t), x_T, found["times"], VP)
+            return ed.sample(
+                lambda x, t: found["network"](params, x, t),
+                x_T,
+                ed.plan(VP, found["times"], ed.solvers.variance_optimal()),
+            )
 
         jitted = (eqx.filter_jit if have == "Equinox" else jax.jit)(sample)
         assert np.isfinite(jitted(found["params"], found["x_T"])).all()
@@ -189,7 +193,9 @@ def is_times(schedule, expected):
         found = run(have, schedule=schedule)
         np.testing.assert_allclose(found["times"], expected, rtol=1e-9)
         x_T = initial_state(schedule, SHAPE)
-        assert np.isfinite(ed.sample(mixture(schedule), x_T, found["times"], schedule)).all()
+        assert np.isfinite(
+            ed.sample(mixture(schedule), x_T, ed.plan(schedule, found["times"], ed.solvers.variance_optimal()))
+        ).all()
 
     return check
 
@@ -206,7 +212,12 @@ def samples(expected, schedule=VP):
 
 
 def plain(n, x_T=None, **options):
-    return ed.sample(n["denoise"], n["x_T"] if x_T is None else x_T, n["times"], n["schedule"], **options)
+    return ed.sample(
+        n["denoise"],
+        n["x_T"] if x_T is None else x_T,
+        ed.plan(n["schedule"], n["times"], ed.solvers.variance_optimal()),
+        **options,
+    )
 
 
 def inpaints(have):
@@ -220,16 +231,18 @@ def inverts(have):
     """On many steps, so that the way back is the way up."""
     found = names(EDM)
     found["times"] = ed.grids.log_snr(EDM, 100, start=10.0, end=0.1)
-    found["image"] = ed.sample(found["denoise"], found["x_T"] / 8, found["times"], EDM)
+    found["image"] = ed.sample(
+        found["denoise"], found["x_T"] / 8, ed.plan(EDM, found["times"], ed.solvers.variance_optimal())
+    )
     exec(ROWS[have], found)
-    back = ed.sample(found["denoise"], found["x_T"], found["times"], EDM, ed.solvers.heun())
+    back = ed.sample(found["denoise"], found["x_T"], ed.plan(EDM, found["times"], ed.solvers.heun()))
     np.testing.assert_allclose(back, found["image"], atol=0.02)
 
 
 def of_pytrees(solver):
     def expected(n):
         parts = {"image": n["x_T"], "audio": n["audio_T"]}
-        return jax.jit(lambda parts: ed.sample(n["denoise_both"], parts, n["times"], VP, solver))(parts)
+        return jax.jit(lambda parts: ed.sample(n["denoise_both"], parts, ed.plan(VP, n["times"], solver)))(parts)
 
     return samples(expected)
 
@@ -297,15 +310,16 @@ CHECKS = {
     "images that leave -1 ... 1": denoises(lambda x, t: jnp.clip(mixture(VP)(x, t), -1, 1)),
     "images that saturate": denoises(by_percentile),
     "a function of x_0 and t": samples(
-        lambda n: ed.sample(ed.denoisers.clip(n["denoise"]), n["x_T"], n["times"], VP),
+        lambda n: ed.sample(
+            ed.denoisers.clip(n["denoise"]), n["x_T"], ed.plan(VP, n["times"], ed.solvers.variance_optimal())
+        ),
     ),
     "a function of x_t and t": samples(lambda n: plain(n, on_state=n["my_hook"])),
     "to change, 60 % of the steps": samples(
         lambda n: ed.sample(
             n["denoise"],
-            ed.editing.add_noise(n["image"], n["times"][2], VP, KEY),
-            n["times"][2:],
-            VP,
+            VP.add_noise(n["image"], n["times"][2], KEY),
+            ed.plan(VP, n["times"][2:], ed.solvers.variance_optimal()),
         )
     ),
     "with a part to fill in": inpaints,

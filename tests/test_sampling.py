@@ -172,7 +172,9 @@ def test_a_loop_of_ones_own_lives_in_compiled_loops_and_side_by_side(name, x64):
     for loop in (
         lambda: jax.lax.while_loop(lambda now: ~now.done, step, start()),
         lambda: jax.lax.scan(lambda now, _: (step(now), None), start(), length=20)[0],
-        lambda: jax.tree.map(lambda a: a[1], jax.vmap(lambda _: jax.lax.fori_loop(0, 20, lambda _, n: step(n), start()))(jnp.arange(2))),
+        lambda: jax.tree.map(
+            lambda a: a[1], jax.vmap(lambda _: jax.lax.fori_loop(0, 20, lambda _, n: step(n), start()))(jnp.arange(2))
+        ),
     ):
         now = jax.jit(loop)()
         assert bool(now.done)

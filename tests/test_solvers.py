@@ -52,7 +52,7 @@ def run_all(solvers, denoise, x_T, runs):
     """{(solver, run): x}, all in one compiled call; runs are {name: (schedule, times)}."""
     keys = [(name, run) for name in solvers for run in runs]
     plans = [ed.plan(*runs[run], solvers[name]) for name, run in keys]
-    x = jax.jit(jax.vmap(lambda plan: ed.sample_plan(denoise, x_T, plan)))(ed.plans.stack(plans))
+    x = jax.jit(jax.vmap(lambda plan: ed.sample(denoise, x_T, plan)))(ed.plans.stack(plans))
     return dict(zip(keys, x, strict=True))
 
 
@@ -89,7 +89,7 @@ def test_with_fewer_steps_than_its_order_a_solver_lowers_it(order, x64):
                 continue  # its degree 0 is ddim
             lower = s.ddim() if family is s.deis and steps == 1 else family(max(steps - (family is s.deis), 1))
             x, expected = (
-                ed.sample(mixture(schedule), x_T, times, schedule, which) for which in (family(order), lower)
+                ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, which)) for which in (family(order), lower)
             )
             chex.assert_trees_all_close(x, expected, rtol=1e-10)
 
@@ -164,9 +164,9 @@ def test_traced_times_may_end_at_sigma_0(solver):
     schedule = ed.schedules.edm(0.0, 80.0)
     x_T = initial_state(schedule, (3, 4))
     times = ed.grids.time_quadratic(schedule, 6)
-    run = jax.jit(lambda t: ed.sample(lambda x, t: jnp.tanh(x), x_T, t, schedule, solver))
+    run = jax.jit(lambda t: ed.sample(lambda x, t: jnp.tanh(x), x_T, ed.plan(schedule, t, solver)))
     chex.assert_trees_all_close(
-        run(times), ed.sample(lambda x, t: jnp.tanh(x), x_T, times, schedule, solver), rtol=1e-3
+        run(times), ed.sample(lambda x, t: jnp.tanh(x), x_T, ed.plan(schedule, times, solver)), rtol=1e-3
     )
     gradient = jax.grad(lambda t: jnp.sum(run(t)))(jnp.asarray(times, jnp.float32))
     assert np.isfinite(gradient[:-1]).all()
@@ -179,7 +179,7 @@ def test_zero_terminal_snr_is_for_data_prediction_solvers():
     x_T = initial_state(schedule, (3, 4))
     for name, solver in ALL.items():
         if name in DATA:
-            assert np.isfinite(ed.sample(lambda x, t: jnp.tanh(x), x_T, times, schedule, solver)).all(), name
+            assert np.isfinite(ed.sample(lambda x, t: jnp.tanh(x), x_T, ed.plan(schedule, times, solver))).all(), name
         else:
             with pytest.raises(ValueError, match="alpha is 0 at times\\[0\\]"):
                 ed.plan(schedule, times, solver)

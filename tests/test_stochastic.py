@@ -50,7 +50,7 @@ def test_mean_and_covariance_converge_to_the_exact_ones(name, solver):
     # Started from the true distribution at t_max, so that what is measured is the solver.
     root = np.linalg.cholesky(alpha**2 * COVARIANCE + sigma**2 * np.eye(2))
     x_T = alpha * MEAN + jax.random.normal(noise_key, (50_000, 2)) @ root.T
-    run = jax.jit(lambda plan: ed.sample_plan(gaussian(schedule), x_T, plan, key))
+    run = jax.jit(lambda plan: ed.sample(gaussian(schedule), x_T, ed.plan(key, plan, ed.solvers.variance_optimal())))
 
     def error(steps):
         x = run(ed.plan(schedule, ed.grids.log_snr(schedule, steps), solver, max_calls=800))
@@ -68,12 +68,12 @@ def test_the_same_key_gives_the_same_samples_and_another_gives_others(solver):
     schedule = SCHEDULES["vp_linear"]
     times = ed.grids.log_snr(schedule, 5)
     x_T = initial_state(schedule, (4, 4, 4, 2))
-    sample = jax.jit(lambda key: ed.sample(mixture(schedule), x_T, times, schedule, solver, key=key))
+    sample = jax.jit(lambda key: ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver), key=key))
     x = sample(jax.random.key(1))
     chex.assert_trees_all_equal(x, sample(jax.random.key(1)))
     assert np.max(np.abs(x - sample(jax.random.key(2)))) > 1e-3
     with pytest.raises(ValueError, match="stochastic: pass key"):
-        ed.sample(mixture(schedule), x_T, times, schedule, solver)
+        ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver))
 
 
 def adams_by_quadrature(schedule, times, x, denoise, memory):
@@ -118,7 +118,7 @@ def test_without_noise_each_is_its_deterministic_counterpart(name, solver, count
     times = ed.grids.karras(schedule, 2 if solver.name == "sa_solver" else 7)  # two steps: the same starting orders
     x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
     x, expected = (
-        ed.sample(mixture(schedule), x_T, times, schedule, which, key=jax.random.key(0))
+        ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, which), key=jax.random.key(0))
         for which in (solver, counterpart)
     )
     chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-10)
@@ -131,7 +131,7 @@ def test_sa_solver_without_noise_is_adams_bashforth(order, x64):
     x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
     solver = s.sa_solver(order, 0, 0.0, lower_order_final=False)
     expected = adams_by_quadrature(schedule, times, x_T, mixture(schedule), order)
-    x = ed.sample(mixture(schedule), x_T, times, schedule, solver)
+    x = ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver))
     chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
+from training.objectives import diffusion_loss, edm_loss
 
-from evodiff_jax import models, preconditioning, training
-from evodiff_jax.cli.train import add_train_arguments, run_train
-from evodiff_jax.data import Dataset
-from evodiff_jax.models import checkpoint
-from evodiff_jax.models.classifier import ClassifierConfig
-from evodiff_jax.models.objectives import diffusion_loss, edm_loss
-from evodiff_jax.models.unet import UNetConfig
+from evodiff_jax import preconditioning, pretrained
+from evodiff_jax.evaluation.data import Dataset
+from evodiff_jax.pretrained import checkpoint
+from evodiff_jax.pretrained.classifier import ClassifierConfig
+from evodiff_jax.pretrained.unet import UNetConfig
 
 SIGMA_DATA = 0.7
 NETWORK = UNetConfig(image_shape=(8, 8, 1), num_classes=2, widths=(16,), blocks=(1,), heads=2, condition_width=16)
@@ -76,7 +76,7 @@ def test_label_dropout_hides_labels(dataset):
         of_labels = diffusion_loss(NETWORK, SIGMA_DATA, -0.85, 1.4, dropout)
         return of_labels(params, dataset.images, labels, jax.random.key(1))
 
-    difference = lambda dropout: abs(loss(dataset.labels, dropout) - loss(1 - dataset.labels, dropout))  # noqa: E731
+    difference = lambda dropout: abs(loss(dataset.labels, dropout) - loss(1 - dataset.labels, dropout))
     assert difference(0.0) > 1e-5
     assert difference(1.0) == 0.0
 
@@ -104,13 +104,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dataset, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_checkpoint", write_and_keep_the_first)
         training.train(CONFIG, dataset, tmp_path / "whole")
-    assert models.load(tmp_path / "resumed" / training.MODEL_FILE).metadata["steps"] == 3
+    assert pretrained.load(tmp_path / "resumed" / training.MODEL_FILE).metadata["steps"] == 3
     training.train(CONFIG, dataset, tmp_path / "resumed", resume=True)
     runs = [tmp_path / "whole", tmp_path / "resumed"]
     states = [checkpoint.load(run / training.STATE_FILE, kind="training state").arrays for run in runs]
     chex.assert_trees_all_equal(*states)
     assert states[0]["step"] == 6
-    exported = [models.load(run / training.MODEL_FILE) for run in runs]
+    exported = [pretrained.load(run / training.MODEL_FILE) for run in runs]
     chex.assert_trees_all_equal(exported[0].params, exported[1].params)
     assert exported[0].metadata["steps"] == 6
 
@@ -119,7 +119,7 @@ def test_a_tiny_network_learns_a_tiny_set(tmp_path, dataset):
     config = training.TrainConfig(
         network=NETWORK, steps=600, batch=12, learning_rate=1e-2, warmup=20, checkpoint_every=600, sigma_data=SIGMA_DATA
     )
-    model = models.load(training.train(config, dataset, tmp_path))
+    model = pretrained.load(training.train(config, dataset, tmp_path))
     label = jnp.asarray([0, 1], jnp.int32)
     # In pure noise only the label says which half is bright.
     noise = 80.0 * jax.random.normal(jax.random.key(0), (2, 8, 8, 1), jnp.float32)
@@ -151,7 +151,7 @@ def test_classifier_learns(tmp_path, dataset):
     config = training.TrainConfig(
         network=SMALL_CLASSIFIER, steps=60, batch=12, learning_rate=2e-2, warmup=5, checkpoint_every=60
     )
-    classifier = models.load_classifier(training.train(config, dataset, tmp_path))
+    classifier = pretrained.load_classifier(training.train(config, dataset, tmp_path))
     output = jax.jit(classifier.predict)(classifier.params, dataset.images)
     np.testing.assert_array_equal(output.logits.argmax(-1), dataset.labels)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.models import checkpoint
-from evodiff_jax.models.unet import UNet, UNetConfig
+from evodiff_jax.pretrained import checkpoint
+from evodiff_jax.pretrained.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(image_shape=(8, 8, 1), num_classes=10, widths=(16,), blocks=(1,), heads=2, condition_width=16)
 

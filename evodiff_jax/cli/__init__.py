@@ -1,6 +1,6 @@
-"""The command line: `evodiff-jax sample`, `compare`, `train` and `info`.
+"""The command line: `evodiff-jax sample`, `compare` and `info`.
 
-Exit codes: 0 done, 1 training diverged, 2 a bad argument or file, 130 interrupted, 141 nobody reads the output. What
+Exit codes: 0 done, 2 a bad argument or file, or a package that is missing, 130 interrupted, 141 nobody reads the output. What
 went wrong is one line on stderr.
 """
 
@@ -21,7 +21,6 @@ import jax
 from evodiff_jax import __version__
 from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
-from evodiff_jax.cli.train import add_train_arguments, run_train
 
 _PROGRAM = "evodiff-jax"
 
@@ -43,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 141
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-    except FloatingPointError as error:
-        return _fail(error, 1)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _fail(error)
     except KeyboardInterrupt:
         print(f"{_PROGRAM}: interrupted", file=sys.stderr)
         return 130
@@ -55,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_info(_: argparse.Namespace) -> None:
     """Prints versions, devices and the packaged models with their cards."""
-    from evodiff_jax import models
+    from evodiff_jax import pretrained
 
     print(f"evodiff_jax {__version__}")
     for package in ("jax", "jaxlib", "flax", "numpy"):
@@ -63,9 +60,9 @@ def run_info(_: argparse.Namespace) -> None:
     print(f"python {platform.python_version()}")
     for device in jax.devices():
         print(f"device {device.id}: {device.platform}, {device.device_kind}")
-    weights = resources.files(models) / "weights"
-    for name in models.available():
-        model = models.load(name)
+    weights = resources.files(pretrained) / "weights"
+    for name in pretrained.available():
+        model = pretrained.load(name)
         size = len((weights / f"{name}.safetensors").read_bytes())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         print(f"model {name}: {parameters:,} parameters, {model.metadata['steps']:,} steps, {size / 1e6:.1f} MB\n")
@@ -82,11 +79,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(_PROGRAM, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{sample,compare,train,info}")
+    commands = parser.add_subparsers(required=True, metavar="{sample,compare,info}")
     for name, add_arguments, run, summary in (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
         ("compare", add_compare_arguments, run_compare, "compare solvers on a model"),
-        ("train", add_train_arguments, run_train, "train the packaged models again"),
         ("info", lambda _: None, run_info, "versions, devices and packaged models"),
     ):
         command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
@@ -95,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: Exception, code: int) -> int:
-    """Prints one line, whatever the message holds."""
+def _fail(error: Exception) -> int:
+    """Prints one line, whatever the message holds, and returns the exit code."""
     print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+    return 2
 
 
 def _flush_stdout() -> None:

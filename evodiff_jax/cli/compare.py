@@ -12,11 +12,12 @@ import jax
 from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import guidance, integer
 from evodiff_jax.cli.output import check_folder
+from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.schedules import edm
 
 if TYPE_CHECKING:
-    from evodiff_jax.comparison import Problem
+    from evodiff_jax.evaluation import Problem
 
 _PACKAGED = "fashion_mnist"
 _CALLS = (5, 6, 8, 10, 12, 15, 20)
@@ -72,25 +73,30 @@ def run_compare(args: argparse.Namespace) -> None:
                 raise ValueError(f"argument {option}: not with --exact, whose models have no classes and need no data")
     check_folder("--out", args.out)
 
-    from tqdm import tqdm
+    from evodiff_jax import evaluation
 
-    from evodiff_jax import comparison
-
-    comparison.check_plots()
-    if args.exact not in (None, *comparison.MIXTURES):
-        raise ValueError(f"argument --exact: must be one of {', '.join(comparison.MIXTURES)}, got {args.exact!r}")
+    if args.exact not in (None, *evaluation.MIXTURES):
+        raise ValueError(f"argument --exact: must be one of {', '.join(evaluation.MIXTURES)}, got {args.exact!r}")
     for name in args.solvers or ():
-        if name not in comparison.FORMS:
-            raise ValueError(f"argument --solvers: must be of {', '.join(comparison.FORMS)}, got {name!r}")
-    solvers = {name: make for name, make in comparison.FORMS.items() if name in (args.solvers or comparison.FORMS)}
+        if name not in evaluation.DETERMINISTIC:
+            raise ValueError(f"argument --solvers: must be of {', '.join(evaluation.DETERMINISTIC)}, got {name!r}")
+    solvers = {
+        name: make
+        for name, make in evaluation.DETERMINISTIC.items()
+        if name in (args.solvers or evaluation.DETERMINISTIC)
+    }
     grids, calls = {name: GRIDS[name] for name in args.grids}, sorted(set(args.calls))
-    planned = comparison.runs(edm(), grids, calls, solvers)
+    planned = evaluation.runs(edm(), grids, calls, solvers)
     if not planned:
         raise ValueError(f"argument --calls: {', '.join(solvers)} have no runs of {', '.join(map(str, calls))} calls")
 
+    require("tqdm", extra="models")
+    evaluation.check_plots()
+    from tqdm import tqdm
+
     try:
         problem = _problem(args)
-        made = comparison.compare(problem, grids, calls, args.out, solvers)
+        made = evaluation.compare(problem, grids, calls, args.out, solvers)
         # disable=None: no bar unless stderr is a terminal.
         results = list(tqdm(made, total=len(planned), desc=problem.name, unit="run", leave=False, disable=None))
     except jax.errors.JaxRuntimeError as error:
@@ -99,7 +105,7 @@ def run_compare(args: argparse.Namespace) -> None:
         raise
 
     title, path = f"Solvers on {problem.name}", args.out / "report.md"
-    written = comparison.write_report(path, title, _facts(args), [(problem, results)], args.out, args.out)
+    written = evaluation.write_report(path, title, _facts(args), [(problem, results)], args.out, args.out)
     print(f"model    {problem.name}")
     print(f"judged   by {problem.judged_by}")
     print(f"runs     {len(results)} of {args.samples} samples, seed {args.seed}")
@@ -107,16 +113,16 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def _problem(args: argparse.Namespace) -> Problem:
-    from evodiff_jax import comparison, models
+    from evodiff_jax import evaluation, pretrained
 
     batch = min(args.batch, args.samples)
     if args.exact is not None:
-        return comparison.mixture(args.exact, args.samples, args.out, args.seed, batch)
-    model = models.load(args.checkpoint or _PACKAGED)
+        return evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
+    model = pretrained.load(args.checkpoint or _PACKAGED)
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
     scale = 1.0 if args.guidance is None else args.guidance
-    return comparison.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
+    return evaluation.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
 
 
 def _facts(args: argparse.Namespace) -> list[str]:

@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.cli.arguments import guidance, integer
 from evodiff_jax.cli.output import check_output, make_picture
-from evodiff_jax.data import CLASS_NAMES
-from evodiff_jax.denoisers import classifier_free_guidance
+from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
-from evodiff_jax.sampling import sample
+from evodiff_jax.sampling import plan, sample
 from evodiff_jax.schedules import edm
-from evodiff_jax.solvers import SOLVERS
+from evodiff_jax.solvers import FORMS
+from evodiff_jax.tables import Plan
 
 if TYPE_CHECKING:
-    from evodiff_jax.models import Model
+    from evodiff_jax.pretrained import Model
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
+_DEFAULT = "variance_optimal"
+_SOLVER_HELP = (
+    f"one of {', '.join(FORMS)} (default: %(default)s, which had the smallest errors over the models of "
+    "benchmarks/RESULTS.md); heun, dpm_2 and the like take two model calls a step"
+)
 
 
 class Run(NamedTuple):
@@ -49,8 +53,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num", type=integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
     add("--batch", type=integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
-    add("--steps", type=integer(1, _MAX_STEPS), default=10, help="steps, a model call each (default: %(default)s)")
-    add("--solver", choices=SOLVERS, default="evodiff", help="(default: %(default)s)")
+    add("--steps", type=integer(1, _MAX_STEPS), default=10, help="steps (default: %(default)s)")
+    add("--solver", choices=FORMS, default=_DEFAULT, metavar="SOLVER", help=_SOLVER_HELP)
     add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
     add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: all in turn)")
     add(
@@ -87,15 +91,19 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.npz is not None:
         check_output("--npz", args.npz, ".npz")
 
-    from evodiff_jax import models
+    require("tqdm", "PIL", extra="models")
+    from evodiff_jax import pretrained
 
-    model = models.load(args.checkpoint)
+    model = pretrained.load(args.checkpoint)
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
     model = model._replace(config=dataclasses.replace(model.config, dtype=args.dtype))
     batch = min(args.batch, args.num)
     labels = make_labels(args.num, model.num_classes, args.label)
-    sampler = make_sampler(model, args.solver, args.grid, args.steps, args.guidance, args.denoise_to_zero)
+    schedule = edm(model.sigma_min, model.sigma_max)
+    times = GRIDS[args.grid](schedule, args.steps)
+    run_of = plan(schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
+    sampler = make_sampler(model, run_of, args.guidance)
     try:
         run = run_batches(sampler, model.params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
@@ -109,7 +117,7 @@ def run_sample(args: argparse.Namespace) -> None:
         write_atomically(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
     write_atomically(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
 
-    calls = args.steps + args.denoise_to_zero
+    calls = int(run_of.calls)
     # Scales 0 and 1 need one of the two predictions only.
     evaluations = calls if args.guidance in (0, 1) else 2 * calls
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
@@ -141,6 +149,8 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
     Raises:
         ValueError: there is no such class.
     """
+    from evodiff_jax.evaluation.data import CLASS_NAMES
+
     if label is None:
         return np.arange(num, dtype=np.int32) % num_classes
     names = {_letters(name): i for i, name in enumerate(CLASS_NAMES)} if num_classes == len(CLASS_NAMES) else {}
@@ -152,22 +162,18 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
 
 
 def make_sampler(
-    model: Model, solver: str, grid: str, steps: int, guidance: float, denoise_to_zero: bool
+    model: Model, plan: Plan, guidance: float
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Returns the pure function (params, key, indices, labels) -> images (B, H, W, C) float32, to be jitted.
 
-    The noise of image i comes from (key, i) alone, so that an image does not depend on the batch it is made in.
+    All randomness of image i comes from (key, i), so that an image does not depend on the batch it is made in.
     """
-    schedule = edm(sigma_min=model.sigma_min, sigma_max=model.sigma_max)
-    times = GRIDS[grid](schedule, steps)
+    schedule = edm(model.sigma_min, model.sigma_max)
 
     def sampler(params: Any, key: jax.Array, indices: jax.Array, labels: jax.Array) -> jax.Array:
-        draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), model.image_shape, jnp.float32)  # noqa: E731
-        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
-        null = jnp.full_like(labels, model.null_class)
-        denoise = classifier_free_guidance(conditional, labels, null, guidance)
-        x_T = schedule.t_max * jax.vmap(draw)(indices)
-        return sample(denoise, x_T, times, schedule, SOLVERS[solver](), denoise_to_zero)
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
+        x_T = schedule.noise(keys[:, 0], (len(indices), *model.image_shape))
+        return sample(model.denoiser(params, labels, guidance), x_T, plan, key=keys[:, 1])
 
     return sampler
 

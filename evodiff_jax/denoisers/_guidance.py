@@ -97,11 +97,11 @@ def classifier_free_guidance(
     if interval is None or schedule is None:
         return _for_batches_of(condition, inside)
     low, high = interval
-    level = lambda t: schedule.sigma(t) / schedule.alpha(t)  # noqa: E731
+    level = lambda t: schedule.sigma(t) / schedule.alpha(t)
 
     def within(x: State, t: Any) -> State:
         kappa = level(jnp.asarray(t, widest(jax.tree.leaves(x))))
-        cast = lambda fn: lambda x: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fn(x, t), x)  # noqa: E731
+        cast = lambda fn: lambda x: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fn(x, t), x)
         return jax.lax.cond((kappa > low) & (kappa <= high), cast(inside), cast(conditional), x)
 
     return _for_batches_of(condition, within)
@@ -144,7 +144,7 @@ def classifier_guidance(
             return jnp.sum(found.astype(wide))
 
         strength = schedule.sigma(t) ** 2 / schedule.alpha(t)
-        shifted = lambda m, g, s: (m.astype(wide) + s * strength * g.astype(wide)).astype(g.dtype)  # noqa: E731
+        shifted = lambda m, g, s: (m.astype(wide) + s * strength * g.astype(wide)).astype(g.dtype)
         m = check_like(denoise(x, t, *conditions), x, "denoise(x, t)")
         return jax.tree.map(shifted, m, jax.grad(total)(x), scales)
 

@@ -135,14 +135,14 @@ def _preconditioned(x: State, at: _Levels, sigma_data: float, wide: Any) -> tupl
     kappa = at.sigma / at.alpha
     c = coefficients(kappa, sigma_data)
     seen = jax.tree.map(lambda a: c.c_in * (a.astype(wide) / at.alpha), x)
-    to_data = lambda a, output, _: c.c_skip * (a / at.alpha) + c.c_out * output  # noqa: E731
+    to_data = lambda a, output, _: c.c_skip * (a / at.alpha) + c.c_out * output
     return seen, _Levels(jnp.ones_like(kappa), kappa), to_data
 
 
 def _network_time(name: str, t: jax.Array, at: _Levels, num_timesteps: int | None) -> jax.Array:
     if name == "index" and num_timesteps is not None:
         return jnp.clip(jnp.round(t), 0, num_timesteps - 1).astype(jnp.int32)
-    log_of = lambda level: jnp.log(jnp.maximum(level, jnp.finfo(level.dtype).tiny))  # noqa: E731  # finite at sigma = 0
+    log_of = lambda level: jnp.log(jnp.maximum(level, jnp.finfo(level.dtype).tiny))  # finite at sigma = 0
     return {
         "t": lambda: t,
         "sigma": lambda: at.sigma,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from evodiff_jax.numerics import on_host
 from evodiff_jax.grids._parts import ends_of, fractions_of
+from evodiff_jax.numerics import on_host
 from evodiff_jax.schedules import NoiseSchedule
 
 _NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise

@@ -205,7 +205,6 @@ def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: Schedule
       >>> round(float(schedule.time(schedule.lambda_(0.3))), 6)
       0.3
     """
-
     alpha, sigma = (functools.partial(_root_sigmoid, log_snr, sign) for sign in (1, -1))
     return NoiseSchedule(alpha, sigma, t_min, t_max, time)  # pyright: ignore[reportArgumentType]
 
@@ -244,7 +243,9 @@ def _linear_beta(
 ) -> NoiseSchedule:
     """The schedule of a beta that grows linearly, from sigma(t) and from -2 log alpha as a function of lambda."""
     if not 0 <= beta_min <= beta_max or not beta_max > 0:
-        raise ValueError(f"{name} needs 0 <= beta_min <= beta_max and beta_max > 0, got beta_min={beta_min}, beta_max={beta_max}")
+        raise ValueError(
+            f"{name} needs 0 <= beta_min <= beta_max and beta_max > 0, got beta_min={beta_min}, beta_max={beta_max}"
+        )
     if not 0 <= t_min < t_max:
         raise ValueError(f"{name} needs 0 <= t_min < t_max, got t_min={t_min}, t_max={t_max}")
     parameters = beta_min, beta_max - beta_min

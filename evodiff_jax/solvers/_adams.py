@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from evodiff_jax import quadrature
 from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 _GAUSS_POINTS = 32  # e^-lambda times a polynomial in t(lambda) over one step, to round-off

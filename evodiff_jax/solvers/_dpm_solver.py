@@ -8,10 +8,10 @@ it with the moments 1, phi_2 / phi_1, 2 phi_3 / phi_1; the single-step ones eval
 import functools
 from typing import Any
 
-from evodiff_jax.numerics import factory, namespace
-from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax import quadrature
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.quadrature import Stage
+from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Solver, Table
 
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evodiff_jax import quadrature
 from evodiff_jax.numerics import namespace
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax import quadrature
 from evodiff_jax.statistics import Statistics
 from evodiff_jax.tables import Solver, Table
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from evodiff_jax.numerics import factory, namespace
-from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax import quadrature
+from evodiff_jax.numerics import factory, namespace
 from evodiff_jax.quadrature import Stage
+from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Solver, Table
 
 

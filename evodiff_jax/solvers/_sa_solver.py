@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from evodiff_jax import quadrature
 from evodiff_jax.numerics import factory, namespace, on_host
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 

@@ -3,9 +3,9 @@
 import functools
 from typing import Any
 
+from evodiff_jax import quadrature
 from evodiff_jax.numerics import factory
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax import quadrature
 from evodiff_jax.tables import Solver, Table
 
 

@@ -80,12 +80,17 @@ def choose(data: Data, sums: tuple[Any, Any], memory: Memory) -> tuple[Choice, M
     commitment = commit(memory.commitment, jnp.where(changed, noise / (data.kappa * jnp.sqrt(safe)), 0) * data.exists)
     trusted = 1 - commitment[2]
     w = shrinkage(data.q, jnp.where(changed, noise / safe, settled(data.q)))
-    of_corrector, of_predictor = data.exists * corrector_weight(w, data.q), data.exists * predictor_weight(w, data.q, data.following)
+    of_corrector, of_predictor = (
+        data.exists * corrector_weight(w, data.q),
+        data.exists * predictor_weight(w, data.q, data.following),
+    )
     alone = jnp.asarray(_of_outputs(np.eye(DIFFERENCES)[0]), square.dtype)
     corrected = of_corrector * alone + trusted * (data.corrector + of_corrector * data.corrector_slope)
     corrected = corrected - jnp.concatenate([jnp.zeros(1), memory.predicted[:-1]])
     predicted = of_predictor * alone + trusted * (data.predictor + of_predictor * data.predictor_slope)
-    choice = Choice(data.predictor_amplitude * predicted, data.corrector_amplitude * corrected, {"w": w, "trusted": trusted})
+    choice = Choice(
+        data.predictor_amplitude * predicted, data.corrector_amplitude * corrected, {"w": w, "trusted": trusted}
+    )
     return choice, Memory(predicted, commitment)
 
 
@@ -105,7 +110,7 @@ def settled(q: Any) -> Any:
 
 
 def shrinkage(q: Any, T: Any) -> Any:
-    """w of the scale with this T, for q < 1 (denoising)."""
+    """W of the scale with this T, for q < 1 (denoising)."""
     xp = jnp if isinstance(T, jax.Array) else np
     T = settled(q) + xp.clip(T - settled(q), 0, 1e6)
     return (1 + xp.sqrt(1 + 4 * T * (T + 1) / q**2)) * q**2 / (2 * T)
@@ -121,7 +126,9 @@ def predictor_weight(w: Any, q: Any, following: Any) -> Any:
     xp = jnp if isinstance(w, jax.Array) else np
     part = xp.clip((q / w) ** 2, q**2, 1)
     next_w = xp.sqrt((1 - part + following**2 * (part - q**2)) / (1 - q**2))
-    return (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w)) * corrector_weight(next_w, following)
+    return (
+        (1 - following**2) * part * (1 + w) / ((1 - q**2) * next_w * (1 + next_w)) * corrector_weight(next_w, following)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the host's table
@@ -179,14 +186,14 @@ def best(start: Any, m: Any, q: Any, end: Any, changes: Any, energy: Any, ridge:
     unit = changes / length[:, None]
     normal = (unit * weights) @ unit.T + np.diag(ridge**2 + (square <= 0))
     missing = (end - q * start - (1 - q) * m) / (1 - q)
-    solve = lambda target: np.linalg.solve(normal, (unit * weights) @ target) / length * (square > 0)  # noqa: E731
+    solve = lambda target: np.linalg.solve(normal, (unit * weights) @ target) / length * (square > 0)
     alone = np.eye(DIFFERENCES)[0]
     k0, slope = solve(missing), -solve(changes[0])
     return np.stack([k0, alone + slope]), np.stack([_of_outputs(k0), _of_outputs(slope)])
 
 
 def _ridge(i: int, log_q: np.ndarray) -> float:
-    """eps of the predictor of step i, larger where the step is longer than the one before."""
+    """Eps of the predictor of step i, larger where the step is longer than the one before."""
     growth = 2 * max(-log_q[i], 1.0) * math.log(max(log_q[i] / log_q[i - 1], 1.0))
     return (RIDGE_FIRST if i == 1 else RIDGE_PREDICTOR) * math.exp(min(growth, math.log(1e3)))
 

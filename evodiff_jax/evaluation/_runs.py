@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from evodiff_jax.comparison._store import digest_of_plan, stored
+from evodiff_jax.evaluation._store import digest_of_plan, stored
 from evodiff_jax.grids import Grid, log_snr
 from evodiff_jax.sampling import plan, sample
 from evodiff_jax.schedules import NoiseSchedule
@@ -91,7 +91,6 @@ def converged(problem: Problem, folder: Path, steps: int = _CONVERGED_STEPS) -> 
     Raises:
       ValueError: when they are not finite.
     """
-
     times = log_snr(problem.schedule, steps)
 
     def make() -> np.ndarray:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evodiff_jax.comparison._results import RANKED, Ratio, Result, best_grids
+from evodiff_jax.evaluation._results import RANKED, Ratio, Result, best_grids
+from evodiff_jax.evaluation.metrics import Estimate
 from evodiff_jax.files import write_atomically
-from evodiff_jax.metrics import Estimate
 
 SUBJECT, REFERENCE = "evodiff", "evodiff_reference"
 FIGURES = {
@@ -117,7 +117,7 @@ def ranking(results: Sequence[Result], best_grid: bool = False) -> dict[str, dic
     """By solver and figure the ratios of `standings`, the solver with the smallest geometric mean of them all first."""
     ratios = {figure: standings(results, figure, best_grid) for figure in RANKED}
     of_solvers = {solver: {figure: ratios[figure][solver] for figure in RANKED} for solver in ratios[RANKED[0]]}
-    mean = lambda solver: geometric_mean([value for values in of_solvers[solver].values() for value in values])  # noqa: E731
+    mean = lambda solver: geometric_mean([value for values in of_solvers[solver].values() for value in values])
     return {solver: of_solvers[solver] for solver in sorted(of_solvers, key=mean)}
 
 

@@ -6,7 +6,7 @@ stopped and resumed is, on the same machine, bit for bit the run that was not.
 A run's folder holds two files, both replaced atomically at every checkpoint:
 
     state.safetensors   everything a resumed run needs
-    model.safetensors   the averaged weights, ready for `evodiff_jax.models.load`
+    model.safetensors   the averaged weights, ready for `evodiff_jax.pretrained.load`
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import optax
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from evodiff_jax.data import Dataset
-from evodiff_jax.models import checkpoint, objectives
-from evodiff_jax.models.classifier import Classifier, ClassifierConfig
-from evodiff_jax.models.unet import UNet, UNetConfig
+from evodiff_jax.evaluation.data import Dataset
+from evodiff_jax.pretrained import checkpoint, objectives
+from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig
+from evodiff_jax.pretrained.unet import UNet, UNetConfig
 
 STATE_FILE = "state.safetensors"
 MODEL_FILE = "model.safetensors"

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from evodiff_jax.models.classifier import ClassifierConfig, apply_classifier
-from evodiff_jax.models.unet import UNetConfig, apply_unet
 from evodiff_jax.preconditioning import precondition
+from evodiff_jax.pretrained.classifier import ClassifierConfig, apply_classifier
+from evodiff_jax.pretrained.unet import UNetConfig, apply_unet
 
 Loss = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """loss(params, images, labels, key) -> scalar, for images (B, H, W, C) float32 and labels (B,) int32."""

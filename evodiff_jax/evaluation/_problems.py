@@ -3,18 +3,19 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.comparison._runs import Problem, converged
-from evodiff_jax.comparison._store import check_store
-from evodiff_jax.data import load_fashion_mnist
-from evodiff_jax.denoisers import classifier_free_guidance, gaussian_mixture
-from evodiff_jax.models import Model, load_classifier
+from evodiff_jax.denoisers import gaussian_mixture
+from evodiff_jax.evaluation._runs import Problem, converged
+from evodiff_jax.evaluation._store import check_store
+from evodiff_jax.evaluation.data import load_fashion_mnist
 from evodiff_jax.schedules import edm
+
+if TYPE_CHECKING:
+    from evodiff_jax.pretrained import Model
 
 _EXACT_DRAWS = 10_000
 _IN_FEATURES = 200  # images at a time
@@ -75,7 +76,7 @@ def exact(
 
 def image_model(
     name: str,
-    model: Model,
+    model: "Model",
     samples: int,
     folder: Path,
     seed: int = 0,
@@ -105,6 +106,8 @@ def image_model(
       ValueError: the folder holds runs of this name with other settings.
       FileNotFoundError: Fashion-MNIST is needed and not there.
     """
+    from evodiff_jax.pretrained import load_classifier
+
     classifier = load_classifier("fashion_mnist")
     fits = model.image_shape == classifier.config.image_shape
     test = load_fashion_mnist("test", data).images if fits else None
@@ -115,9 +118,7 @@ def image_model(
     of_images = jax.jit(lambda params, x: classifier.predict(params, x).features)
 
     def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        conditional = lambda x, t, label: model.denoise(params, x, t, label)  # noqa: E731
-        null = jnp.full_like(labels, model.null_class)
-        return classifier_free_guidance(conditional, labels, null, guidance)(x, t)
+        return model.denoiser(params, labels, guidance)(x, t)
 
     def features(x: np.ndarray) -> np.ndarray:
         return in_parts(lambda part: of_images(classifier.params, part), x)

@@ -1,6 +1,5 @@
 """Plots of every figure against the number of model calls, and pictures of the same noise by all solvers."""
 
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.comparison._report import FIGURES, REFERENCE, SUBJECT, ranking
-from evodiff_jax.comparison._results import Result
-from evodiff_jax.comparison._runs import Problem, converged
+from evodiff_jax.evaluation._report import FIGURES, REFERENCE, SUBJECT, ranking
+from evodiff_jax.evaluation._results import Result
+from evodiff_jax.evaluation._runs import Problem, converged
+from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ _LABEL = 132  # pixels
 
 
 def check_plots() -> None:
-    """Raises a ValueError where there is no matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'evodiff-jax[plots]'")
+    """Raises a ModuleNotFoundError where what plots need is not installed."""
+    require("matplotlib", "PIL", extra="plots")
 
 
 def best_peers(results: Sequence[Result], count: int) -> list[str]:

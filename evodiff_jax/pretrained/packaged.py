@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from evodiff_jax.models import checkpoint
-from evodiff_jax.models.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
-from evodiff_jax.models.unet import UNet, UNetConfig, apply_unet
+from evodiff_jax.denoisers import classifier_free_guidance
 from evodiff_jax.preconditioning import precondition
+from evodiff_jax.pretrained import checkpoint
+from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
+from evodiff_jax.pretrained.unet import UNet, UNetConfig, apply_unet
+from evodiff_jax.types import Denoiser
 
 _SUFFIX = ".safetensors"
 _CLASSIFIER = "_classifier"
@@ -66,6 +68,20 @@ class Model(NamedTuple):
     def denoise(self, params: Any, x: jax.Array, sigma: ArrayLike, label: ArrayLike) -> jax.Array:
         """Predicts the clean image, see `apply_denoiser`."""
         return apply_denoiser(self.config, self.sigma_data, params, x, sigma, label)
+
+    def denoiser(self, params: Any, label: jax.Array, guidance: ArrayLike = 1.0) -> Denoiser:
+        """Returns denoise(x, t) for `evodiff_jax.sample`, with classifier-free guidance.
+
+        Args:
+            params: the weights, usually `model.params`.
+            label: integer classes (B,), `null_class` for none.
+            guidance: scale of the guidance, see `denoisers.classifier_free_guidance`; 1 is none.
+        """
+
+        def conditional(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+            return self.denoise(params, x, t, label)
+
+        return classifier_free_guidance(conditional, label, jnp.full_like(label, self.null_class), guidance)
 
 
 class ImageClassifier(NamedTuple):
@@ -189,7 +205,7 @@ def _packaged(ending: str) -> tuple[str, ...]:
 
 def _weights() -> Path:
     # The weights are plain files wherever the package is installed by pip; nothing is unpacked.
-    return Path(str(resources.files("evodiff_jax.models") / "weights"))
+    return Path(str(resources.files("evodiff_jax.pretrained") / "weights"))
 
 
 def _locate(name_or_path: str | os.PathLike[str], ending: str) -> Path:

@@ -136,7 +136,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array, train: bool) -> jax.Array:
-        norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)  # noqa: E731
+        norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
         h = nn.Conv(self.width, (3, 3), dtype=self.dtype, name="conv_in")(nn.silu(norm("norm_in")(x)))
         modulation = nn.Dense(2 * self.width, dtype=self.dtype, name="modulation")(condition)[:, None, None, :]
         scale, shift = jnp.split(modulation, 2, axis=-1)
@@ -190,7 +190,7 @@ class UNet(nn.Module):
         condition = nn.silu(condition)
 
         last = len(c.widths) - 1
-        block = lambda level, name: _Block(  # noqa: E731
+        block = lambda level, name: _Block(
             c.widths[level], c.heads if level == last else 0, c.dropout, dtype, name=name
         )
         h = nn.Conv(c.widths[0], (3, 3), dtype=dtype, name="stem")(fold(x.astype(dtype), c.patch))

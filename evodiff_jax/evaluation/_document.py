@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from evodiff_jax.comparison._plots import picture, plot
-from evodiff_jax.comparison._report import REFERENCE, SUBJECT, report, write_csv
-from evodiff_jax.comparison._results import Ratio, Result, converged_distance, ratios
-from evodiff_jax.comparison._runs import Problem
+from evodiff_jax.evaluation._plots import picture, plot
+from evodiff_jax.evaluation._report import REFERENCE, SUBJECT, report, write_csv
+from evodiff_jax.evaluation._results import Ratio, Result, converged_distance, ratios
+from evodiff_jax.evaluation._runs import Problem
 from evodiff_jax.files import write_atomically
 
 _TEN = 10

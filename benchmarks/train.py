@@ -1,15 +1,24 @@
-"""`evodiff-jax train`: trains the packaged models again."""
+"""Trains the packaged models again, on Fashion-MNIST.
 
-from __future__ import annotations
+    uv run python benchmarks/train.py --out runs/diffusion
+    uv run python benchmarks/train.py --what classifier --out runs/classifier
+
+A run that was stopped goes on with --resume.
+"""
 
 import argparse
 import dataclasses
 import shlex
 import sys
 
+import training
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `evodiff-jax train`."""
+from evodiff_jax.evaluation.data import load_fashion_mnist
+from evodiff_jax.pretrained import ClassifierConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the program's arguments."""
     parser.add_argument(
         "--what", choices=("diffusion", "classifier"), default="diffusion", help="what to train (default: %(default)s)"
     )
@@ -24,29 +33,39 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
 
 
-def run_train(args: argparse.Namespace) -> None:
-    """Runs `evodiff-jax train`.
+def run(args: argparse.Namespace) -> None:
+    """Trains.
 
     Args:
-        args: what `add_train_arguments` parsed.
+        args: what `add_arguments` parsed.
 
     Raises:
         ValueError: an argument is out of range, or the folder's run is another one.
         FileNotFoundError: the data, or the run to resume, are not there.
         OSError: the folder cannot be written.
     """
-    from evodiff_jax.data import load_fashion_mnist
-    from evodiff_jax.models.classifier import ClassifierConfig
-    from evodiff_jax.training import TrainConfig, train
-
     if args.what == "diffusion":
-        config = TrainConfig(steps=20_000, batch=64, seed=args.seed)
+        config = training.TrainConfig(steps=20_000, batch=64, seed=args.seed)
     else:
-        config = TrainConfig(
+        config = training.TrainConfig(
             network=ClassifierConfig(), steps=3_000, batch=128, seed=args.seed, warmup=100, decay_start=500
         )
     given = {k: getattr(args, k) for k in ("steps", "cooldown", "batch") if getattr(args, k) is not None}
     config = dataclasses.replace(config, **given)
-    command = shlex.join(["evodiff-jax", *sys.argv[1:]])
-    path = train(config, load_fashion_mnist("train", args.data), args.out, resume=args.resume, command=command)
+    command = shlex.join(["benchmarks/train.py", *sys.argv[1:]])
+    path = training.train(config, load_fashion_mnist("train", args.data), args.out, resume=args.resume, command=command)
     print(path)
+
+
+def main() -> None:
+    """Reads the arguments and trains; what went wrong is one line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args())
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"train: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

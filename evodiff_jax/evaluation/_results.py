@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evodiff_jax.comparison._runs import DETERMINISTIC, Problem, Run, converged, make_sampler, runs
-from evodiff_jax.comparison._store import Figures, path_of, stored
-from evodiff_jax.grids import Grid
-from evodiff_jax.metrics import (
+from evodiff_jax.evaluation._runs import DETERMINISTIC, Problem, Run, converged, make_sampler, runs
+from evodiff_jax.evaluation._store import Figures, path_of, stored
+from evodiff_jax.evaluation.metrics import (
     Estimate,
     bootstrap,
     bootstrap_ratio,
@@ -18,6 +17,7 @@ from evodiff_jax.metrics import (
     kernel_distance_to,
     trajectory_errors,
 )
+from evodiff_jax.grids import Grid
 from evodiff_jax.tables import Solver
 
 RANKED = ("frechet", "median", "rms")  # the figures that solvers are compared by
