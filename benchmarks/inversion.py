@@ -16,9 +16,8 @@ import numpy as np
 
 import evodiff_jax as ed
 from evodiff_jax import pretrained
-from evodiff_jax.evaluation import times_of
+from evodiff_jax.evaluation import DETERMINISTIC, times_of
 from evodiff_jax.evaluation.data import load_fashion_mnist
-from evodiff_jax.solvers import SOLVERS
 
 
 def main() -> None:
@@ -32,23 +31,19 @@ def main() -> None:
     schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
     labels = jnp.arange(args.images) % model.num_classes
 
-    def denoiser(params: Any, labels: jax.Array) -> ed.denoisers.Denoiser:
-        return lambda x, t: model.denoise(params, x, t, labels)
-
     try:
         test = load_fashion_mnist("test")
     except FileNotFoundError:
-        noise = schedule.t_max * jax.random.normal(jax.random.key(0), (args.images, *model.image_shape))
-        images = jax.jit(
-            lambda params, x: ed.sample(denoiser(params, labels), x, ed.grids.log_snr(schedule, 100), schedule)
-        )(model.params, noise)
+        x_T = schedule.noise(jax.random.key(0), (args.images, *model.image_shape))
+        plan = ed.plan(schedule, ed.grids.log_snr(schedule, 100), ed.solvers.unipc(2))
+        images = jax.jit(lambda params, x: ed.sample(model.denoiser(params, labels), x, plan))(model.params, x_T)
         print(f"{args.images} samples of the model")
     else:
         images, labels = jnp.asarray(test.images[: args.images]), jnp.asarray(test.labels[: args.images])
         print(f"{args.images} test images")
     print(f"{args.calls} model calls up, {args.calls} back, log-SNR grid\n")
     print(f"{'':20s}{'reconstruction':>16s}{'noise mean':>12s}{'deviation':>12s}")
-    for name, make in SOLVERS.items():
+    for name, make in DETERMINISTIC.items():
         solver = make()
         times = times_of(schedule, ed.grids.log_snr, solver, args.calls)
         if times is None:  # an odd number of calls for a solver of two a step
@@ -58,9 +53,9 @@ def main() -> None:
         def there_and_back(
             params: Any, images: jax.Array, labels: jax.Array, times: np.ndarray = times, solver: ed.Solver = solver
         ) -> tuple[jax.Array, jax.Array]:
-            denoise = denoiser(params, labels)
-            noise = ed.editing.invert(denoise, images, times, schedule, solver)
-            return noise / schedule.t_max, ed.sample(denoise, noise, times, schedule, solver)
+            denoise = model.denoiser(params, labels)
+            noise = ed.editing.invert(denoise, images, schedule, times, solver)
+            return noise / schedule.t_max, ed.sample(denoise, noise, ed.plan(schedule, times, solver))
 
         noise, back = there_and_back(model.params, images, labels)
         error = float(jnp.sqrt(jnp.mean((back - images) ** 2)))

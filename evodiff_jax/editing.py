@@ -43,7 +43,8 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
 
     Before every model call the state in the known region is set to the known data with the noise of the current
     level, alpha(t) known + sigma(t) eps with one eps for the run, and the data prediction there to the known data. The
-    result has the known data exactly. The rest comes out near its distribution given the known region, not exactly in it, however many steps are taken.
+    result has the known data exactly. The rest comes out near its distribution given the known region, not exactly in
+    it, however many steps are taken.
 
     Args:
       denoise: denoise(x, t) -> x_0.

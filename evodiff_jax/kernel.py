@@ -130,7 +130,7 @@ def _choose(
     """A choice for each leaf, with leaves (B, ...) or (B, C, ...), and the rule's new memory."""
     if rule is None:
         return [None] * len(xs), ()
-    sums = []
+    sums: list[Any] = []
     for x, y, ring in zip(xs, ys, rings, strict=True):
         wide = at_least_float32(x.dtype)
 
@@ -145,7 +145,7 @@ def _choose(
         sums = [tuple(sum(part.astype(dtype) for part in parts) for parts in zip(*sums, strict=True))]
     # Rematerialised, or the many small residuals of a rule are kept row by row for its gradient.
     choose = jax.checkpoint(rule.choose, prevent_cse=False)
-    found = []
+    found: list[Any] = []
     for of_leaf, memory in zip(sums, carry.memory, strict=True):
         ruled = jax.vmap(choose, in_axes=(None, 0, 0))
         if of_leaf[0].ndim == 2:
@@ -217,7 +217,7 @@ def _combine(x: jax.Array, of_x: Any, added: Sequence[tuple[Any, Any]], of_ring:
 
 
 def _column(coefficients: jax.Array, ndim: int) -> jax.Array:
-    """(K + 1,) as it is, or (K + 1, ...) for each coordinate so that it broadcasts against K + 1 states of `ndim` axes."""
+    """(K + 1,) as it is, or (K + 1, ...) for each coordinate, broadcast against K + 1 states of `ndim` axes."""
     count, *per_coordinate = coefficients.shape
     if not per_coordinate:
         return coefficients

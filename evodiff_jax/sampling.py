@@ -215,6 +215,7 @@ def sample_with_trace(
       ValueError: as `sample`.
     """
     x, done, run = _run(denoise, x_T, plan, key, on_state, False, traced=True)
+    assert done is not None
     end = lambda entries, last: jax.lax.dynamic_update_index_in_dim(
         jnp.concatenate([entries, jnp.zeros_like(entries[:1])]), last, run.calls, 0
     )

@@ -174,8 +174,8 @@ def check_table(solver: Solver, table: Any, schedule: NoiseSchedule, end: Any) -
 
     Raises:
       TypeError: when it is no Table, or a column is no array of numbers.
-      ValueError: when columns differ in their rows, predictor and corrector in their width, a number is not finite, or a
-        constant model would not get its constant back although the solver says so. Traced numbers are not looked at.
+      ValueError: when columns differ in their rows, predictor and corrector in their width, a number is not finite, or
+        a constant model would not get its constant back although the solver says so. Traced numbers are not looked at.
     """
     name = f"the table of solver {solver.name!r}"
     if not isinstance(table, Table):
@@ -220,8 +220,8 @@ def _check_constants(name: str, table: Table, schedule: NoiseSchedule, end: Any)
         x = table.transition[i] * (x + table.corrector[i] @ outputs) + table.predictor[i] @ outputs
         if not abs(x - expected[i + 1]) <= 1e-5 * max(1.0, expected[i + 1]):
             raise ValueError(
-                f"{name}: row {i} takes a model that predicts the constant 1 to {x:.6g} at the next time, where alpha is "
-                f"{expected[i + 1]:.6g}: its coefficients are inconsistent (or say keeps_constants=False)"
+                f"{name}: row {i} takes a model that predicts the constant 1 to {x:.6g} at the next time, where alpha "
+                f"is {expected[i + 1]:.6g}: its coefficients are inconsistent (or say keeps_constants=False)"
             )
 
 
@@ -341,11 +341,12 @@ def _rule_from_bytes(content: bytes) -> Rule | None:
     found = json.loads(content)
     if found is None:
         return None
-    functions, channel_axis, per_leaf = found
-    for module, _ in functions:
+    names, channel_axis, per_leaf = found
+    for module, _ in names:
         if module not in sys.modules:
             raise ValueError(f"this file needs a rule of the module {module}: import it first")
-    return Rule(*(getattr(sys.modules[module], name) for module, name in functions), channel_axis, per_leaf)
+    terms, choose, init = (getattr(sys.modules[module], name) for module, name in names)
+    return Rule(terms, choose, init, channel_axis, per_leaf)
 
 
 def exportable(*types: Any) -> None:

@@ -104,7 +104,7 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return False
 
 
-def check_keys(key: Any, batch: int) -> jax.Array:
+def check_keys(key: Any, batch: int) -> Any:
     """The random key as a typed one: () for a key of the whole batch, (batch,) for one key a sample.
 
     Raises:

@@ -20,7 +20,7 @@ from evodiff_jax.cli import main, output
 from evodiff_jax.cli import sample as cli_sample
 from evodiff_jax.pretrained.unet import UNetConfig
 
-PACKAGED = pretrained.pretrained._weights() / "fashion_mnist.safetensors"
+PACKAGED = pretrained.packaged._weights() / "fashion_mnist.safetensors"
 SIZE = 2 * 8 + 2  # side of a cell in the picture of these images
 
 
@@ -72,11 +72,11 @@ def assert_refused(capsys, folder, arguments, reason):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "{sample,compare,train,info}"),
+        ("", "{sample,compare,info}"),
         ("paint", "'paint'"),
-        ("--steps 3", "{sample,compare,train,info}"),
+        ("--steps 3", "{sample,compare,info}"),
         ("info now", "now"),
-        ("sample --solver euler2", "evodiff_reference"),
+        ("sample --solver euler2", "sde_dpm_solver_pp-2"),
         ("sample --grid cosine", "time_quadratic"),
         ("sample --steps 0", "1 .. 1000, got '0'"),
         ("sample --steps abc", "1 .. 1000, got 'abc'"),
@@ -106,11 +106,6 @@ def assert_refused(capsys, folder, arguments, reason):
         ("sample --npz nowhere/arrays.npz", "no folder 'nowhere'"),
         ("sample --checkpoint missing.safetensors", "missing.safetensors"),
         ("sample --checkpoint cifar", "fashion_mnist"),
-        ("train", "--out"),
-        ("train --out run --steps abc", "'abc'"),
-        ("train --out run --seed -1", "seed"),
-        ("train --out run --what gan", "classifier"),
-        ("train --out run --data nowhere", "nowhere"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, folder, arguments, reason):
@@ -189,7 +184,7 @@ def test_closed_pipe_is_quiet():
     ("error", "code", "line"),
     [
         (KeyboardInterrupt(), 130, "evodiff-jax: interrupted\n"),
-        (FloatingPointError("the loss is\nnan"), 1, "evodiff-jax: error: the loss is nan\n"),
+        (ModuleNotFoundError("flax is\nnot there"), 2, "evodiff-jax: error: flax is not there\n"),
     ],
 )
 def test_interruptions_are_one_line(capsys, monkeypatch, error, code, line):
@@ -201,7 +196,7 @@ def test_interruptions_are_one_line(capsys, monkeypatch, error, code, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["train"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["info"]])
 def test_help(capsys, command):
     assert main([*command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: evodiff-jax", *command]))
@@ -225,7 +220,7 @@ def test_packaged_model(capsys, folder):
     assert printed.err == ""  # no progress bar without a terminal
     for pattern in (
         r"model +fashion_mnist, [\d,]+ parameters, float32",
-        r"solver +evodiff, 2 steps on the log_snr grid",
+        r"solver +variance_optimal, 2 steps on the log_snr grid",
         r"NFE +2 model calls a sample\n",
         r"compile +\d+\.\d+ s",
         r"sample +\d+\.\d+ s a batch, \d+\.\d images/s",
@@ -297,22 +292,31 @@ def test_bfloat16_is_close_and_not_the_same(tiny):
 
 
 @pytest.mark.parametrize(
-    ("solver", "grid", "denoise_to_zero"),
-    [("ddim", "karras", True), ("evodiff_reference", "time_quadratic", False)],
+    ("solver", "grid", "denoise_to_zero", "calls"),
+    [
+        ("ddim", "karras", True, 4),
+        ("evodiff", "time_quadratic", False, 3),
+        ("heun", "log_snr", True, 7),
+        ("sa_solver", "log_snr", False, 3),
+    ],
 )
-def test_options_reach_the_sampler(tiny, solver, grid, denoise_to_zero):
+def test_options_reach_the_sampler(tiny, solver, grid, denoise_to_zero, calls):
     run = sample(tiny, "--solver", solver, "--grid", grid, *["--denoise-to-zero"] * denoise_to_zero)
-    assert f"NFE      {3 + denoise_to_zero} model calls" in run.printed
-    model, schedule, key = pretrained.load(tiny), ed.schedules.edm(), jax.random.key(0)
-    x_T = 80 * jnp.stack([jax.random.normal(jax.random.fold_in(key, i), (8, 8, 1)) for i in range(5)])
-    expected = jax.jit(
-        lambda x: ed.sample(
-            lambda x, t: model.denoise(model.params, x, t, jnp.arange(5)),
-            x,
-            ed.plan(schedule, getattr(ed.grids, grid)(schedule, 3), getattr(ed.solvers, solver)()),
-        )
-    )(x_T)
-    np.testing.assert_allclose(run.images, expected, atol=1e-4)
+    assert f"NFE      {calls} model calls" in run.printed
+    model, schedule = pretrained.load(tiny), ed.schedules.edm()
+    keys = jnp.stack([jax.random.split(jax.random.fold_in(jax.random.key(0), i)) for i in range(5)])
+    times = getattr(ed.grids, grid)(schedule, 3)
+    plan = ed.plan(schedule, times, ed.solvers.FORMS[solver].make(), denoise_to_zero=denoise_to_zero)
+    denoise = lambda x, t: model.denoise(model.params, x, t, jnp.arange(5))
+    x_T = schedule.noise(keys[:, 0], (5, 8, 8, 1))
+    expected = jax.jit(lambda x_T: ed.sample(denoise, x_T, plan, key=keys[:, 1]))(x_T)
+    np.testing.assert_allclose(run.images, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler_ancestral"])
+def test_an_image_does_not_depend_on_how_many_are_made(tiny, solver):
+    few, many = (sample(tiny, "--solver", solver, "--num", num, "--batch", 4) for num in (2, 7))
+    np.testing.assert_allclose(few.images, many.images[:2], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from tiny_models import write_model
 
 from evodiff_jax import evaluation, pretrained
 from evodiff_jax.cli import main
-from evodiff_jax.evaluation import Ratio, Result, _document, _plots, _report, _runs
+from evodiff_jax.evaluation import Ratio, Result, _document, _plots, _report, _results, _runs, _store
 from evodiff_jax.evaluation.metrics import Estimate
 
 RUN = [
     "compare",
     "--solvers",
-    "evodiff",
+    "variance_optimal",
     "ddim",
     "unipc-2",
     "--grids",
@@ -44,13 +44,13 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def sampled(monkeypatch):
     """The solvers that are compiled."""
-    names, make_sampler = [], comparison._results.make_sampler
+    names, make_sampler = [], _results.make_sampler
 
     def counting(problem, solver, max_calls):
         names.append(max_calls)
         return make_sampler(problem, solver, max_calls)
 
-    monkeypatch.setattr(comparison._results, "make_sampler", counting)
+    monkeypatch.setattr(_results, "make_sampler", counting)
     monkeypatch.setattr(_runs, "make_sampler", counting)
     return names
 
@@ -214,7 +214,7 @@ def test_figures_are_kept_by_the_content_of_the_arrays(folder):
             counted.append(array)
             return [float(np.sum(array)), np.inf]
 
-        return comparison._store.Figures(folder, np.array(common)).get("sum", [np.array(array)], compute)
+        return _store.Figures(folder, np.array(common)).get("sum", [np.array(array)], compute)
 
     assert get([1, 2]) == get([1, 2]) == [3, np.inf]
     with (folder / "figures.jsonl").open("a") as file:
@@ -229,8 +229,8 @@ def test_figures_are_kept_by_the_content_of_the_arrays(folder):
 
 def test_stored_only_samples_nothing(folder, sampled):
     problem = evaluation.mixture("mixture-2d", 20, folder)
-    grids = {"log_snr": comparison._runs.log_snr}
-    chosen = {name: evaluation.FORMS[name] for name in ("ddim", "unipc-2")}
+    grids = {"log_snr": _runs.log_snr}
+    chosen = {name: evaluation.DETERMINISTIC[name] for name in ("ddim", "unipc-2")}
     made = list(evaluation.compare(problem, grids, [4], folder, {"ddim": chosen["ddim"]}, resamples=5))
     sampled.clear()
     found = list(evaluation.compare(problem, grids, [4, 5], folder, chosen, resamples=5, stored_only=True))
@@ -257,39 +257,39 @@ def test_the_packaged_classifier_judges_images_of_its_shape(folder):
 
 def result(solver, frechet, median=1.0, grid="a", calls=5, problem="p", blown_up=0):
     width = Estimate(frechet, frechet, frechet), Estimate(0.5, 0.304, 0.696), Estimate(median, median, median)
-    return Result(problem, grid, solver, calls, *width, Estimate(2, 2, 2), Estimate(1, 1, 1), 10, blown_up)
+    return Result(problem, grid, solver, calls, *width, Estimate(2, 2, 2), Estimate(1, 1, 1), 10, blown_up, "0")
 
 
 RESULTS = [
-    result("evodiff", 2.0),
+    result("variance_optimal", 2.0),
     result("ddim", 4.0),
     result("heun", 1.0),
-    result("evodiff_reference", 0.5),
-    result("evodiff", 1.0, grid="b"),
+    result("evodiff", 0.5),
+    result("variance_optimal", 1.0, grid="b"),
     result("ddim", 3.0, grid="b"),
     result("heun", np.inf, grid="b", blown_up=3),
-    result("evodiff_reference", 0.1, grid="b"),
+    result("evodiff", 0.1, grid="b"),
 ]
 
 
 def test_every_solver_against_the_best_of_the_others():
     assert _report.standings(RESULTS, "frechet") == {
-        "evodiff": [2.0, 1 / 3],
-        "ddim": [4.0, 3.0],
-        "heun": [0.5, np.inf],
-        "evodiff_reference": [0.5, 0.1],  # and nobody's rival
+        "variance_optimal": [4.0, 10.0],
+        "ddim": [8.0, 30.0],
+        "heun": [2.0, np.inf],
+        "evodiff": [0.5, 0.1],
     }
     best = _report.standings(RESULTS, "frechet", best_grid=True)
-    assert best == {"evodiff": [1.0], "ddim": [3.0], "heun": [1.0], "evodiff_reference": [0.1]}
+    assert best == {"variance_optimal": [10.0], "ddim": [30.0], "heun": [10.0], "evodiff": [0.1]}
     assert [(r.solver, r.grid) for r in evaluation.best_grids(RESULTS, "frechet")] == [
-        ("evodiff", "b"),
+        ("variance_optimal", "b"),
         ("ddim", "b"),
         ("heun", "a"),
-        ("evodiff_reference", "b"),
+        ("evodiff", "b"),
     ]
     table = _report._standing_table(RESULTS, False)
     assert "| `heun` | inf | inf | 1 | 1 | 1 | 1 | 2 | 3 of 20 |" in table
-    assert "| `evodiff` | 2 | 0.816 | 1 | 1 | 1 | 1 | 2 | 0 of 20 |" in table
+    assert "| `variance_optimal` | 10 | 6.32 | 1 | 1 | 1 | 1 | 2 | 0 of 20 |" in table
 
 
 def test_wins_losses_and_the_mean_of_few_calls():
@@ -307,7 +307,7 @@ def test_wins_losses_and_the_mean_of_few_calls():
     assert "a Frechet distance of 0.25 (0.2 .. 0.3)." in text
     assert "![p](results/p.png)" in text
     assert "| `heun` | 0.5 ± 0.1 |" in text  # the kernel distance's standard error
-    assert "| `evodiff` | 1 b |" in text  # on its best grid
+    assert "| `variance_optimal` | 1 b |" in text  # on its best grid
     none = _report.report("T", [], RESULTS, [], [], {"p": "the words"}, floors, {})
     assert "against the best peer" not in none
 
@@ -324,7 +324,7 @@ def test_ours_and_the_best_peers_stand_out_of_the_plot(folder):
     _plots.plot(folder / "p.png", RESULTS + more)
     with Image.open(folder / "p.png") as picture:
         colours = {tuple(colour) for colour in np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)}
-    for colour in ((214, 39, 40), (255, 127, 14), (31, 119, 180)):  # evodiff, evodiff_reference, the best peer
+    for colour in ((214, 39, 40), (255, 127, 14), (31, 119, 180)):  # variance_optimal, evodiff, the best peer
         assert min(sum(abs(np.subtract(colour, other))) for other in colours) < 12
     assert (folder / "p.png").stat().st_size < 150_000
 
@@ -343,8 +343,10 @@ def test_rows_of_pictures():
 
 def test_pictures_only_where_samples_are_images(folder):
     problem = evaluation.mixture("mixture-2d", 20, folder)
-    grids = {"log_snr": comparison._runs.log_snr}
-    made = list(evaluation.compare(problem, grids, [4], folder, {"ddim": evaluation.FORMS["ddim"]}, resamples=5))
+    grids = {"log_snr": _runs.log_snr}
+    made = list(
+        evaluation.compare(problem, grids, [4], folder, {"ddim": evaluation.DETERMINISTIC["ddim"]}, resamples=5)
+    )
     assert _plots.picture(problem, made, folder, "log_snr", 4) is None
     as_images = problem._replace(images=lambda x: x.reshape(-1, 1, 2, 1))
     assert _plots.picture(as_images, made, folder, "log_snr", 5) is None

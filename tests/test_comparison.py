@@ -7,12 +7,12 @@ import pytest
 import evodiff_jax as ed
 from evodiff_jax.evaluation import Problem, _runs, compare, converged, make_sampler, ratios, times_of
 from evodiff_jax.evaluation.metrics import frechet_distance
-from evodiff_jax.solvers import SOLVERS
+from evodiff_jax.solvers import FORMS
 
 SCHEDULE = ed.schedules.edm(0.02, 20.0)
 CENTERS = np.array([[1.0, 0.0], [-0.5, 0.8], [-0.5, -0.8]])
 DATA = CENTERS[np.arange(300) % 3] + np.random.default_rng(2).normal(0, 0.2, (300, 2))
-CHOSEN = {name: SOLVERS[name] for name in ("evodiff", "ddim", "dpm_solver_pp", "heun")}
+CHOSEN = {name: FORMS[name].make for name in ("variance_optimal", "ddim", "dpm_solver_pp-2", "heun")}
 GRIDS = {"log_snr": ed.grids.log_snr}
 
 
@@ -33,10 +33,11 @@ def problem(count=50, batch=16, denoise=None, **options):
 
 
 def test_every_solver_takes_exactly_the_calls_it_is_given(tmp_path):
-    for name, make in SOLVERS.items():
+    for form in FORMS.values():
+        make = form.make
         for calls in (5, 6, 8):
             times = times_of(SCHEDULE, ed.grids.log_snr, make(), calls)
-            if name in ("heun", "dpm_2") and calls == 5:
+            if form.calls == 2 and calls == 5:
                 assert times is None
             else:
                 assert ed.plan(SCHEDULE, times, make()).calls == calls
@@ -68,7 +69,7 @@ def test_samples_do_not_depend_on_the_batch_and_keep_their_order():
 
 def test_what_has_been_made_is_not_made_again(tmp_path, monkeypatch):
     first = list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5))
-    monkeypatch.setattr(_runs, "sample_plan", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(_runs, "sample", lambda *_: pytest.fail("sampled again"))
     assert list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5)) == first
 
 
@@ -96,13 +97,13 @@ def test_samples_that_blow_up_are_counted_and_not_hidden(tmp_path):
 
 def test_ratios_to_the_best_peer_of_every_figure(tmp_path):
     results = list(compare(problem(), GRIDS, [6, 10], tmp_path, CHOSEN, resamples=5))
-    peers = ("ddim", "dpm_solver_pp", "heun")
-    found = list(ratios(problem(), results, tmp_path, "evodiff", peers, resamples=50))
+    peers = ("ddim", "dpm_solver_pp-2", "heun")
+    found = list(ratios(problem(), results, tmp_path, "variance_optimal", peers, resamples=50))
     assert [(r.calls, r.figure) for r in found] == [(c, f) for c in (6, 10) for f in ("frechet", "median", "rms")]
     for ratio in found:
         values = {r.solver: getattr(r, ratio.figure).value for r in results if r.calls == ratio.calls}
         assert ratio.peer == min(peers, key=values.__getitem__)
-        assert ratio.ratio.value == pytest.approx(values["evodiff"] / values[ratio.peer])
+        assert ratio.ratio.value == pytest.approx(values["variance_optimal"] / values[ratio.peer])
         assert ratio.ratio.low < ratio.ratio.value < ratio.ratio.high
     itself = list(ratios(problem(), results, tmp_path, "ddim", ["ddim"], resamples=5))
     assert all(tuple(r.ratio) == (1, 1, 1) for r in itself)  # the same rows of both

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import SCHEDULES, initial_state, mixture, written_as
+from exact_models import SCHEDULES, SOLVERS, initial_state, mixture, written_as
 from flax import nnx
 
 import evodiff_jax as ed
 from evodiff_jax.denoisers import PREDICTIONS, counted, from_prediction, split_nnx
-from evodiff_jax.solvers import SOLVERS
+from evodiff_jax.preconditioning import precondition
 from evodiff_jax.statistics import Statistics
 
 VP = SCHEDULES["vp_linear"]
@@ -145,8 +145,6 @@ def test_times_in_the_logarithm_stay_finite_where_sigma_ends_at_0(name):
 
 
 def test_the_packaged_preconditioning_is_the_edm_prediction():
-    from evodiff_jax.pretrained import precondition
-
     def raw(x, c_noise):
         return jnp.tanh(x) + c_noise.reshape(-1, *(1,) * (x.ndim - 1))
 

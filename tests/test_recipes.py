@@ -1,6 +1,10 @@
-"""Every line of the README's table "I have ... so I write ..." runs, and does what it says."""
+"""Every line and block of code of docs/recipes.md and CONTRIBUTING.md runs, and does what it says."""
 
+import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import equinox as eqx
@@ -11,13 +15,12 @@ import numpy as np
 import pytest
 from exact_models import SCHEDULES, initial_state, mixture, written_as
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import evodiff_jax as ed
 
-README = Path(__file__).parents[1] / "README.md"
-SECTION = README.read_text().split("## I have")[1].split("\n## ")[0]
-ROWS = dict(re.findall(r"^\| ([^*|]+?) \| `(.+)` \|$", SECTION, re.MULTILINE))
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+ROWS = dict(re.findall(r"^\| ([^|]+?) \| `(.+)` \|$", PAGE, re.MULTILINE))
 
 VP, EDM = SCHEDULES["vp_linear"], SCHEDULES["edm"]
 FLOW = ed.schedules.flow()
@@ -41,12 +44,14 @@ def guided(scale):
 
 
 def names(schedule=VP, network=None):
-    """What is yours in the table."""
+    """What stands for the reader's own in a row."""
     denoise = mixture(schedule)
-    x_T = initial_state(schedule, SHAPE)
     finite = schedule.t_max < 500
+    times = ed.grids.log_snr(schedule, 5) if finite else ed.grids.time_uniform(schedule, 5)
+    solver = ed.solvers.variance_optimal()
     return {
         "ed": ed,
+        "eqx": eqx,
         "jax": jax,
         "jnp": jnp,
         "schedule": schedule,
@@ -67,12 +72,12 @@ def names(schedule=VP, network=None):
         "other_x_T": initial_state(schedule, SHAPE, seed=7),
         "denoise_both": lambda x, t: {"image": denoise(x["image"], t), "audio": jnp.tanh(x["audio"])},
         "audio_T": initial_state(schedule, (4, 9)),
-        "loss": lambda x: jnp.sum(x**2),
-        "sharding_of_the_batch": NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch")),
         "sizes": [],
         "key": KEY,
-        "x_T": x_T,
-        "times": ed.grids.log_snr(schedule, 5) if finite else ed.grids.time_uniform(schedule, 5),
+        "x_T": initial_state(schedule, SHAPE),
+        "times": times,
+        "solver": solver,
+        "plan": ed.plan(schedule, times, solver),
     }
 
 
@@ -124,10 +129,12 @@ class Nnx(nnx.Module):
 
 
 class Equinox(eqx.Module):
-    weight: jax.Array
+    """A module that holds functions, which `jax.jit` refuses as an argument."""
+
+    mlp: eqx.nn.MLP
 
     def __call__(self, x, t):
-        return x @ self.weight + t
+        return self.mlp(jnp.append(x, t).ravel()).reshape(x.shape)
 
 
 def library(module):
@@ -136,15 +143,11 @@ def library(module):
         found["module"] = module
         exec(ROWS[have], found)
 
+        @jax.jit
         def sample(params, x_T):
-            return ed.sample(
-                lambda x, t: found["network"](params, x, t),
-                x_T,
-                ed.plan(VP, found["times"], ed.solvers.variance_optimal()),
-            )
+            return ed.sample(lambda x, t: found["network"](params, x, t), x_T, found["plan"])
 
-        jitted = (eqx.filter_jit if have == "Equinox" else jax.jit)(sample)
-        assert np.isfinite(jitted(found["params"], found["x_T"])).all()
+        assert np.isfinite(sample(found["params"], found["x_T"])).all()
         assert len(jax.tree.leaves(found["params"])) > 0
 
     return check
@@ -192,10 +195,8 @@ def is_times(schedule, expected):
     def check(have):
         found = run(have, schedule=schedule)
         np.testing.assert_allclose(found["times"], expected, rtol=1e-9)
-        x_T = initial_state(schedule, SHAPE)
-        assert np.isfinite(
-            ed.sample(mixture(schedule), x_T, ed.plan(schedule, found["times"], ed.solvers.variance_optimal()))
-        ).all()
+        plan = ed.plan(schedule, found["times"], found["solver"])
+        assert np.isfinite(ed.sample(mixture(schedule), initial_state(schedule, SHAPE), plan)).all()
 
     return check
 
@@ -212,18 +213,17 @@ def samples(expected, schedule=VP):
 
 
 def plain(n, x_T=None, **options):
-    return ed.sample(
-        n["denoise"],
-        n["x_T"] if x_T is None else x_T,
-        ed.plan(n["schedule"], n["times"], ed.solvers.variance_optimal()),
-        **options,
-    )
+    return ed.sample(n["denoise"], n["x_T"] if x_T is None else x_T, n["plan"], **options)
+
+
+def of_last_steps(n):
+    x_T = VP.add_noise(n["image"], n["times"][2], KEY)
+    return ed.sample(n["denoise"], x_T, ed.plan(VP, n["times"][2:], n["solver"]))
 
 
 def inpaints(have):
     found = run(have)
-    level = VP.sigma(VP.t_min)
-    np.testing.assert_allclose(found["x"][:, :2], found["image"][:, :2], atol=5 * level)
+    np.testing.assert_array_equal(found["x"][:, :2], found["image"][:, :2])
     assert np.abs(found["x"] - found["image"])[:, 2:].max() > 0.1
 
 
@@ -231,9 +231,7 @@ def inverts(have):
     """On many steps, so that the way back is the way up."""
     found = names(EDM)
     found["times"] = ed.grids.log_snr(EDM, 100, start=10.0, end=0.1)
-    found["image"] = ed.sample(
-        found["denoise"], found["x_T"] / 8, ed.plan(EDM, found["times"], ed.solvers.variance_optimal())
-    )
+    found["image"] = ed.sample(found["denoise"], found["x_T"] / 8, ed.plan(EDM, found["times"], found["solver"]))
     exec(ROWS[have], found)
     back = ed.sample(found["denoise"], found["x_T"], ed.plan(EDM, found["times"], ed.solvers.heun()))
     np.testing.assert_allclose(back, found["image"], atol=0.02)
@@ -251,13 +249,6 @@ def in_bfloat16(have):
     assert run(have)["x"].dtype == jnp.bfloat16
 
 
-def differentiates(have):
-    found = run(have)
-    n = names()
-    expected = jax.grad(lambda x: n["loss"](plain(n, x)))(n["x_T"])
-    np.testing.assert_allclose(found["gradient"], expected, rtol=1e-3, atol=1e-4)
-
-
 def donates(have):
     found = run(have)
     assert found["x_T"].is_deleted()
@@ -270,79 +261,226 @@ def counts(have):
     assert found["sizes"] == [4] * 5
 
 
+# ---- the rows, in the order of the page
+
 CHECKS = {
     "the data x_0": predicts("data"),
-    "the noise": predicts("epsilon"),
+    "the noise eps": predicts("epsilon"),
     "v = alpha eps - sigma x_0": predicts("v"),
-    "flow velocity eps - x_0, t = 1 at the noise": predicts("velocity", FLOW),
-    "flow velocity x_0 - eps, t = 1 at the data": predicts("velocity", FLOW, to_t=lambda t: 1 - t, sign=-1),
+    "the flow velocity eps - x_0, t = 1 at the noise": predicts("velocity", FLOW),
+    "the flow velocity x_0 - eps, t = 1 at the data": predicts("velocity", FLOW, to_t=lambda t: 1 - t, sign=-1),
     "the score": predicts("score"),
     "EDM's raw F(x, c_noise)": predicts("edm"),
-    "sigma for its time": predicts("data", SHIFTED, to_t=lambda sigma: sigma / (3 - 2 * sigma)),
+    "sigma": predicts("data", SHIFTED, to_t=lambda sigma: sigma / (3 - 2 * sigma)),
     "the nearest index 0 ... 999": predicts("epsilon", DISCRETE, to_t=lambda i: jnp.asarray(i, jnp.float32)),
     "1000 t": predicts("epsilon", to_t=lambda t: t / 1000),
-    "a time for each sample, (B,)": predicts("epsilon", time_shape=(4,)),
+    "one number a sample, (B,)": predicts("epsilon", time_shape=(4,)),
     "Flax linen": library(Linen()),
     "Flax NNX": library(Nnx()),
-    "Equinox": library(Equinox(jnp.eye(2))),
+    "Equinox, any module": library(Equinox(eqx.nn.MLP(33, 32, 8, 1, key=KEY))),
     "a class label": denoises(lambda x, t: conditional(x, t, LABEL)),
     "classifier-free guidance": denoises(guided(4.0)),
     "a negative prompt": denoises(guided(4.0)),
     "a scale for each sample": denoises(guided(SCALES)),
-    "guidance at some noise levels only": denoises(in_interval),
-    "guidance that washes out": denoises(rescaled),
-    "memory for one batch only": denoises(guided(4.0)),
+    "guidance at the noise levels .2 to 5 only": denoises(in_interval),
+    "less contrast from guidance": denoises(rescaled),
+    "two evaluations of B samples, not one of 2 B": denoises(guided(4.0)),
     "a classifier of noisy images": denoises(by_classifier),
-    "of Stable Diffusion 1, 2, XL": is_schedule(500.0, np.sqrt(CUMPROD[500]), np.sqrt(1 - CUMPROD[500])),
-    "as alphas_cumprod": is_schedule(500.0, np.sqrt(CUMPROD[500]), np.sqrt(1 - CUMPROD[500])),
-    "with zero terminal SNR": is_schedule(999.0, 0.0, 1.0),
-    "of Stable Diffusion 3": is_schedule(0.5, 0.25, 0.75),
-    "of Flux": is_schedule(0.5, 1 / (1 + np.exp(1.15)), 1 / (1 + np.exp(-1.15))),
-    "of EDM": is_schedule(2.0, 1.0, 2.0),
-    "of score SDEs": is_schedule(0.5, 1.0, np.sqrt(0.01 * 50)),
-    "of my own, as a log-SNR": is_schedule(0.5, np.sqrt(0.5), np.sqrt(0.5)),
-    "of my own, as alpha and sigma": is_schedule(0.5, np.cos(0.5), np.sin(0.5)),
-    "of my own": is_times(VP, [1.0, 0.7, 0.4, 0.2, 0.05, 0.001]),
-    "as noise levels sigma / alpha": is_times(EDM, [80.0, 20.0, 5.0, 1.0, 0.2, 0.02]),
-    "of DDIM for discrete models": is_times(DISCRETE, [*np.arange(951, 0, -50), 0]),
-    "for zero terminal SNR": is_times(DISCRETE, [*np.arange(999, 0, -50), 0]),
+    "that of Stable Diffusion 1, 2, XL": is_schedule(500.0, np.sqrt(CUMPROD[500]), np.sqrt(1 - CUMPROD[500])),
+    "given as alphas_cumprod": is_schedule(500.0, np.sqrt(CUMPROD[500]), np.sqrt(1 - CUMPROD[500])),
+    "one with zero terminal SNR": is_schedule(999.0, 0.0, 1.0),
+    "that of Stable Diffusion 3": is_schedule(0.5, 0.25, 0.75),
+    "that of Flux": is_schedule(0.5, 1 / (1 + np.exp(1.15)), 1 / (1 + np.exp(-1.15))),
+    "that of EDM": is_schedule(2.0, 1.0, 2.0),
+    "that of score SDEs": is_schedule(0.5, 1.0, np.sqrt(0.01 * 50)),
+    "your own log(alpha / sigma)": is_schedule(0.5, np.sqrt(0.5), np.sqrt(0.5)),
+    "your own alpha and sigma": is_schedule(0.5, np.cos(0.5), np.sin(0.5)),
+    "your own, decreasing": is_times(VP, [1.0, 0.7, 0.4, 0.2, 0.05, 0.001]),
+    "given as noise levels sigma / alpha": is_times(EDM, [80.0, 20.0, 5.0, 1.0, 0.2, 0.02]),
+    "DDIM's for discrete models": is_times(DISCRETE, [*np.arange(951, 0, -50), 0]),
+    "those for zero terminal SNR": is_times(DISCRETE, [*np.arange(999, 0, -50), 0]),
     "for a part of the schedule": is_times(VP, ed.grids.log_snr(VP, 10, start=0.6, end=0.01)),
-    "images that leave -1 ... 1": denoises(lambda x, t: jnp.clip(mixture(VP)(x, t), -1, 1)),
-    "images that saturate": denoises(by_percentile),
-    "a function of x_0 and t": samples(
-        lambda n: ed.sample(
-            ed.denoisers.clip(n["denoise"]), n["x_T"], ed.plan(VP, n["times"], ed.solvers.variance_optimal())
-        ),
+    "keep the data prediction in -1 ... 1": denoises(lambda x, t: jnp.clip(mixture(VP)(x, t), -1, 1)),
+    "dynamic thresholding": denoises(by_percentile),
+    "any function of x_0 and t": samples(lambda n: ed.sample(ed.denoisers.clip(n["denoise"]), n["x_T"], n["plan"])),
+    "any function of x_t and t": samples(lambda n: plain(n, on_state=lambda x, t, index, key: jnp.clip(x, -1, 1))),
+    "end with the data prediction, for one more model call": samples(
+        lambda n: n["denoise"](plain(n), jnp.float32(n["times"][-1]))
     ),
-    "a function of x_t and t": samples(lambda n: plain(n, on_state=n["my_hook"])),
-    "to change, 60 % of the steps": samples(
-        lambda n: ed.sample(
-            n["denoise"],
-            VP.add_noise(n["image"], n["times"][2], KEY),
-            ed.plan(VP, n["times"][2:], ed.solvers.variance_optimal()),
-        )
-    ),
-    "with a part to fill in": inpaints,
-    "whose noise I want": inverts,
-    "and another, and what is between": samples(
+    "count the model calls": counts,
+    "image-to-image, the last 60 % of the steps": samples(of_last_steps),
+    "inpainting: keep the image where `known_mask` is True": inpaints,
+    "inversion: the noise that an image comes from": inverts,
+    "interpolation between two samples": samples(
         lambda n: plain(n, ed.editing.slerp(n["other_x_T"], n["x_T"], 0.5)),
     ),
-    "that is a pytree": of_pytrees(ed.solvers.evodiff()),
-    "whose parts EVODiff weighs together": of_pytrees(ed.solvers.evodiff(channel_axis=None, per_leaf=False)),
+    "a pytree": of_pytrees(ed.solvers.variance_optimal()),
+    "a pytree with one choice of coefficients for all parts": of_pytrees(
+        ed.solvers.evodiff(channel_axis=None, per_leaf=False)
+    ),
     "in bfloat16": in_bfloat16,
-    "with gradients in little memory": differentiates,
-    "in the memory of x_T": donates,
-    "on many devices": samples(plain),
-    "and count network evaluations": counts,
+    "overwritten by the result, to save memory": donates,
 }
 
 
-def test_every_line_has_its_check():
-    lines = [line for line in SECTION.splitlines() if line.startswith("|") and "**" not in line][2:]
-    assert len(lines) == len(ROWS)
+def test_every_row_has_its_check():
     assert list(CHECKS) == list(ROWS)
+    tables = re.findall(r"^\| [^|]+ \| Code \|\n\| --- \| --- \|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    assert sum(table.count("\n") for table in tables) == len(ROWS)  # no row that the pattern of ROWS overlooks
 
 
 @pytest.mark.parametrize("have", ROWS)
-def test_a_line_of_the_table(have):
+def test_a_row(have):
     CHECKS[have](have)
+
+
+# ---- the blocks of the page, one after the other, each section with its check
+
+
+def blocks(page):
+    """(heading, code) of each section that has code."""
+    for section in re.split(r"^#+ ", page, flags=re.MULTILINE)[1:]:
+        code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        if code:
+            yield section.split("\n")[0], "\n".join(code)
+
+
+def of_the_reader():
+    """The names in the blocks that stand for the reader's own."""
+    return {
+        "network": lambda params, x, t: params * jnp.tanh(x) * (1 - t),
+        "params": jnp.float32(0.5),
+        "denoise": mixture(VP),
+        "loss": lambda x: jnp.mean(x**2),
+        "betas": ed.schedules.scaled_linear_betas(),
+        "discrete": DISCRETE,
+    }
+
+
+def run_blocks(after):
+    """Runs the blocks of the page, and after each section `after(heading, names)`."""
+    found = of_the_reader()
+    for heading, code in blocks(PAGE):
+        exec(compile(code, heading, "exec"), found)
+        after(heading, found)
+    return found
+
+
+def close(actual, expected, atol=1e-5):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=atol)
+
+
+def of_network(n, plan, **options):
+    denoise = ed.denoisers.from_prediction(lambda x, t: n["network"](n["params"], x, t), VP, "epsilon")
+    return ed.sample(denoise, n["x_T"], plan, **options)
+
+
+def check_start(n):
+    assert int(n["plan"].calls) == 10
+    assert np.std(n["x_T"]) == pytest.approx(1, abs=0.1)
+
+
+def check_steps(n):
+    assert n["run"]._cache_size() == 1
+    close(n["x"], of_network(n, ed.plan(VP, ed.grids.karras(VP, 20), ed.solvers.unipc(2))))
+
+
+def check_stack(n):
+    assert n["side_by_side"].shape == (3, 16, 4, 4, 2)
+    close(n["side_by_side"][2], of_network(n, ed.plan(VP, ed.grids.log_snr(VP, 10), ed.solvers.unipc(2))))
+
+
+def check_keys(n):
+    close(n["again"], n["x"][2:3])
+    assert np.abs(n["x"][2] - n["x"][3]).max() > 0.1
+
+
+def check_loop(n):
+    close(n["x"], ed.sample(n["denoise"], n["x_T"], n["plan"]), atol=1e-4)
+
+
+def check_trace(n):
+    trace, rows = n["trace"], len(n["times"]) - 1
+    np.testing.assert_allclose(trace.times, n["times"], rtol=1e-6)
+    assert trace.states.shape == (rows + 1, 16, 4, 4, 2)
+    np.testing.assert_array_equal(trace.states[-1], n["x"])
+    assert trace.rule["zeta"].shape == (rows, 16, 2)
+
+
+def check_gradients(n):
+    expected = jax.grad(lambda x_T: n["loss"](ed.sample(n["denoise"], x_T, n["plan"])))(n["x_T"])
+    close(n["gradient"], expected)
+    times, step = np.asarray(n["times"]), 2e-3
+    moved = [jnp.asarray(times + sign * step * (np.arange(times.size) == 3), jnp.float32) for sign in (-1, 1)]
+    assert n["slope"].shape == times.shape
+    difference = float(n["error"](moved[1]) - n["error"](moved[0])) / (2 * step)
+    assert float(n["slope"][3]) == pytest.approx(difference, rel=0.2, abs=1e-3)
+
+
+def check_devices(n):
+    assert n["x"].sharding == n["split"]
+    assert len(n["x"].addressable_shards) == jax.device_count()
+    close(n["x"], of_network(n, n["plan"]))
+    close(n["y"], of_network(n, ed.plan(VP, n["times"], ed.solvers.sa_solver()), key=n["run_keys"]))
+
+
+def check_export(n):
+    assert isinstance(n["content"], bytes | bytearray)
+    close(n["x"], of_network(n, ed.plan(VP, ed.grids.karras(VP, 12), ed.solvers.unipc(2))))
+
+
+def check_refused(n):
+    for mistake, call in n["refused"].items():
+        try:
+            call()
+        except ValueError:
+            continue
+        pytest.fail(f"{mistake}: accepted")
+
+
+BLOCKS = {
+    "Recipes": check_start,
+    "Other steps, grids and solvers without compiling again": check_steps,
+    "Several solvers in one program": check_stack,
+    "Random keys, one a sample": check_keys,
+    "A loop of your own": check_loop,
+    "The states on the way": check_trace,
+    "Gradients": check_gradients,
+    "Many devices": check_devices,
+    "Export": check_export,
+    "Silent traps": check_refused,
+}
+
+
+def test_the_blocks_of_the_recipes():
+    seen = []
+
+    def check(heading, found):
+        seen.append(heading)
+        BLOCKS[heading](found)
+
+    run_blocks(check)
+    assert seen == list(BLOCKS)
+
+
+def test_the_recipe_for_many_devices_on_four():
+    """In a process of its own, whose CPU JAX takes for four devices."""
+    code = """
+        import test_recipes
+
+        def check(heading, found):
+            if heading == "Many devices":
+                assert len(found["x"].addressable_shards) == 4
+                assert found["x"].addressable_shards[0].data.shape == (4, 4, 4, 2)
+                test_recipes.check_devices(found)
+                print("checked")
+                raise SystemExit
+
+        test_recipes.run_blocks(check)
+    """
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert result.stdout == "checked\n", result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""States that are pytrees: predictions, guidance, corrections and editing. The loop's own tests are in test_sampling."""
+"""States that are pytrees: predictions, guidance, corrections and editing."""
 
 import chex
 import jax

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train
 import training
 from training.objectives import diffusion_loss, edm_loss
 
@@ -206,15 +207,15 @@ def test_folders_that_do_not_fit(tmp_path, dataset):
 
 def parse(*words):
     parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
+    train.add_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_command_errors_come_before_any_work(tmp_path):
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
-        run_train(parse("--data", str(tmp_path), "--out", str(tmp_path / "run")))
+        train.run(parse("--data", str(tmp_path), "--out", str(tmp_path / "run")))
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        run_train(parse("--steps", "0", "--out", str(tmp_path / "run")))
+        train.run(parse("--steps", "0", "--out", str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
@@ -231,14 +232,14 @@ def test_command_passes_its_arguments_on(tmp_path, monkeypatch, capsys, words, n
         (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(header + bytes(math.prod(shape))))
     calls = []
 
-    def train(config, dataset, out, *, resume, command):
+    def trained(config, dataset, out, *, resume, command):
         calls.append((config, len(dataset.labels), out, resume))
-        assert command == " ".join(["evodiff-jax", "train", *words])
+        assert command == " ".join(["benchmarks/train.py", *words])
         return tmp_path / "model.safetensors"
 
-    monkeypatch.setattr(training, "train", train)
-    monkeypatch.setattr("sys.argv", ["/some/bin/evodiff-jax", "train", *words])
-    run_train(parse(*words, "--data", str(tmp_path), "--out", "run", "--seed", "3", "--resume"))
+    monkeypatch.setattr(training, "train", trained)
+    monkeypatch.setattr("sys.argv", ["benchmarks/train.py", *words])
+    train.run(parse(*words, "--data", str(tmp_path), "--out", "run", "--seed", "3", "--resume"))
     [(config, size, out, resume)] = calls
     assert (config.network, config.steps, config.batch, config.seed) == (network, steps, batch, 3)
     assert (size, out, resume) == (4, "run", True)

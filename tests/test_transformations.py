@@ -119,7 +119,8 @@ def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_sam
                 alone = jax.jit(run)(params, x_T, label, keys)
                 sharded = jax.jit(run, in_shardings=(whole, split, split, split), out_shardings=split)
                 compiled = sharded.lower(params, x_T, label, keys).compile()
-                found = re.findall(r"all-reduce|all-gather|all-to-all|collective-\\w+|reduce-scatter", compiled.as_text())
+                pattern = r"all-reduce|all-gather|all-to-all|collective-\\w+|reduce-scatter"
+                found = re.findall(pattern, compiled.as_text())
                 assert not found, (solver.name, set(found))
                 x = sharded(params, jax.device_put(x_T, split), jax.device_put(label, split), keys)
                 assert len(x.sharding.device_set) == 8 and x.addressable_shards[0].data.shape == (2, 8, 8, 3)
@@ -142,7 +143,8 @@ def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples():
         axis = jax.sharding.AxisType
 
         def close(name, actual, expected):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=name), actual, expected)
+            equal = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=name)
+            jax.tree.map(equal, actual, expected)
 
         for name in ("ddim", "heun", "unipc-2", "ipndm-4", "evodiff", "variance_optimal", "sa_solver"):
             plan = ed.plan(schedule, times, ed.solvers.FORMS[name].make(), max_calls=10)
@@ -151,7 +153,8 @@ def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples():
             gradient = jax.grad(loss)(x_T, plan, keys, False)
 
             mesh = jax.make_mesh((8,), ("b",), axis_types=(axis.Auto,))
-            mapped = lambda fn, out=P("b"): jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=(P("b"), P(), P("b")), out_specs=out))
+            specs = (P("b"), P(), P("b"))
+            mapped = lambda fn, out=P("b"): jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out))
             close(name, mapped(lambda x, p, k: ed.sample(denoise, x, p, key=k))(x_T, plan, keys), x)
             states = P(None, "b")
             trace = lambda x, p, k: ed.sample_with_trace(denoise, x, p, key=k, on_state=hook)[1][1:]

@@ -29,9 +29,10 @@ from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from evodiff_jax.evaluation.data import Dataset
-from evodiff_jax.pretrained import checkpoint, objectives
+from evodiff_jax.pretrained import checkpoint
 from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig
 from evodiff_jax.pretrained.unet import UNet, UNetConfig
+from training import objectives
 
 STATE_FILE = "state.safetensors"
 MODEL_FILE = "model.safetensors"

@@ -1,7 +1,7 @@
 """The command line: `evodiff-jax sample`, `compare` and `info`.
 
-Exit codes: 0 done, 2 a bad argument or file, or a package that is missing, 130 interrupted, 141 nobody reads the output. What
-went wrong is one line on stderr.
+Exit codes: 0 done, 2 a bad argument, a bad file or a missing package, 130 interrupted, 141 nobody reads the output.
+What went wrong is one line on stderr.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Runs are stored one by one as they are made, so that a comparison can be interru
 from evodiff_jax.evaluation._document import write_report
 from evodiff_jax.evaluation._plots import check_plots
 from evodiff_jax.evaluation._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture
-from evodiff_jax.evaluation._report import REFERENCE, SUBJECT, standings
+from evodiff_jax.evaluation._report import SUBJECT, standings
 from evodiff_jax.evaluation._results import Ratio, Result, best_grids, compare, ratios
 from evodiff_jax.evaluation._runs import DETERMINISTIC, Problem, converged, make_sampler, runs, times_of
 from evodiff_jax.evaluation._store import check_store
@@ -14,7 +14,6 @@ from evodiff_jax.evaluation._store import check_store
 __all__ = [
     "DETERMINISTIC",
     "MIXTURES",
-    "REFERENCE",
     "SUBJECT",
     "Problem",
     "Ratio",

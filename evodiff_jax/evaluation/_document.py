@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from evodiff_jax.evaluation._plots import picture, plot
-from evodiff_jax.evaluation._report import REFERENCE, SUBJECT, report, write_csv
+from evodiff_jax.evaluation._report import SUBJECT, report, write_csv
 from evodiff_jax.evaluation._results import Ratio, Result, converged_distance, ratios
 from evodiff_jax.evaluation._runs import Problem
 from evodiff_jax.files import write_atomically
@@ -41,7 +41,7 @@ def write_report(
     """
     assets.mkdir(parents=True, exist_ok=True)
     results = [result for _, of_problem in compared for result in of_problem]
-    peers = {r.solver for r in results} - {SUBJECT, REFERENCE}
+    peers = {r.solver for r in results} - {SUBJECT}
     several_grids = len({r.grid for r in results}) > 1
     same: list[Ratio] = []
     best: list[Ratio] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.evaluation._report import FIGURES, REFERENCE, SUBJECT, ranking
+from evodiff_jax.evaluation._report import FIGURES, SUBJECT, ranking
 from evodiff_jax.evaluation._results import Result
 from evodiff_jax.evaluation._runs import Problem, converged
 from evodiff_jax.extras import require
@@ -16,7 +16,7 @@ from evodiff_jax.files import write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-_OWN = {SUBJECT: "tab:red", REFERENCE: "tab:orange"}
+_NAMED = {SUBJECT: "tab:red", "evodiff": "tab:orange"}  # the rule of this project, and the paper's
 _PEERS = ("tab:blue", "tab:green", "tab:purple")
 _REST = "0.8"
 _COLUMNS = 10
@@ -31,21 +31,21 @@ def check_plots() -> None:
 
 
 def best_peers(results: Sequence[Result], count: int) -> list[str]:
-    """The solvers with the smallest ratios to the best of all others, in all figures and runs; not ours."""
-    return [solver for solver in ranking(results) if solver not in _OWN][:count]
+    """The solvers with the smallest ratios to the best of all others, in all figures and runs; not those of _NAMED."""
+    return [solver for solver in ranking(results) if solver not in _NAMED][:count]
 
 
 def plot(path: Path, results: Sequence[Result]) -> None:
     """Draws the results of one problem: a row of panels a grid, a column a figure, a line a solver.
 
-    Our solvers and the best peers have colours and intervals; a panel shows what is below three times their largest
-    value, evodiff_reference's apart.
+    `variance_optimal`, `evodiff` and the best of the others have colours and intervals; a panel shows what is below
+    three times their largest value.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    colours = _OWN | dict(zip(best_peers(results, len(_PEERS)), _PEERS, strict=False))
+    colours = _NAMED | dict(zip(best_peers(results, len(_PEERS)), _PEERS, strict=False))
     grids = list(dict.fromkeys(r.grid for r in results))
     names = dict.fromkeys(r.solver for r in results)
     solvers = [s for s in names if s not in colours] + [s for s in reversed(colours) if s in names]
@@ -77,7 +77,7 @@ def plot(path: Path, results: Sequence[Result]) -> None:
                     markersize=5 if highlighted else 2,
                 )
                 lines[solver if highlighted else "others"] = line
-                shown += list(estimates[:, 0]) * (highlighted and solver != REFERENCE)
+                shown += list(estimates[:, 0]) * highlighted
             _scale(panel, figure, shown)
             panel.set_xscale("log")
             panel.set_xticks(calls, [str(count) for count in calls])

@@ -12,7 +12,7 @@ from evodiff_jax.evaluation._results import RANKED, Ratio, Result, best_grids
 from evodiff_jax.evaluation.metrics import Estimate
 from evodiff_jax.files import write_atomically
 
-SUBJECT, REFERENCE = "evodiff", "evodiff_reference"
+SUBJECT = "variance_optimal"
 FIGURES = {
     "frechet": "Frechet distance",
     "kernel": "Kernel distance",
@@ -33,10 +33,9 @@ many is favoured by chance, so 1 is harder to reach than against any one peer. I
 both, with the peer held fixed. A win has an interval wholly below 1, a loss wholly above. With a sample that is not
 finite both distances count as infinite."""
 
-_STANDINGS = f"""\
-Each solver's figure over the best of all others' (`{REFERENCE}` is judged, but is nobody's peer), over all models,
-grids and numbers of calls that it takes: the worst, and the geometric mean. Solvers of two calls a step have no runs of
-odd numbers of calls."""
+_STANDINGS = """\
+Each solver's figure over the best of all others', over all models, grids and numbers of calls that it takes: the worst,
+and the geometric mean. Solvers of two calls a step have no runs of odd numbers of calls."""
 
 
 def write_csv(path: Path, results: Iterable[Result]) -> None:
@@ -61,13 +60,13 @@ def report(
     floors: Mapping[str, Estimate],
     pictures: Mapping[str, Sequence[str]],
 ) -> str:
-    """The whole document: what was run, how evodiff and all others stand, and every figure.
+    """The whole document: what was run, how variance_optimal and all others stand, and every figure.
 
     Args:
       title: its heading.
       facts: what to know about the machine, versions and settings, a line each.
       results: of one or more problems.
-      same: ratios of evodiff to the best peer on the same grid.
+      same: ratios of variance_optimal to the best peer on the same grid.
       best: the same with every solver on its best grid.
       judged_by: by problem, the features and data in words.
       floors: by problem, the Frechet distance of the converged samples.
@@ -98,7 +97,7 @@ def report(
 
 
 def standings(results: Iterable[Result], figure: str, best_grid: bool = False) -> dict[str, list[float]]:
-    """By solver the ratios of its figure to the best of the others' for every run, evodiff_reference apart."""
+    """By solver the ratios of its figure to the best of the others' for every run."""
     results = best_grids(results, figure) if best_grid else list(results)
     cells: dict[tuple, dict[str, float]] = {}
     for r in results:
@@ -107,7 +106,7 @@ def standings(results: Iterable[Result], figure: str, best_grid: bool = False) -
     found = {r.solver: [] for r in results}
     for cell in cells.values():
         for solver, value in cell.items():
-            others = [v for name, v in cell.items() if name not in (solver, REFERENCE)]
+            others = [v for name, v in cell.items() if name != solver]
             if others:
                 found[solver].append(_ratio(value, min(others)))
     return found

@@ -71,7 +71,7 @@ def path_of(folder: Path, solver: str, grid: str, calls: int, digest: str) -> Pa
 
 
 def digest_of_plan(plan: Plan) -> str:
-    """A digest of a plan's table and of the code of its rule, so that samples of a solver that has changed are not read.
+    """A digest of a plan's table and of its rule's code, so that samples of a solver that has changed are not read.
 
     Of the code count the modules of the rule's functions, without comments and docstrings.
     """
@@ -83,9 +83,10 @@ def digest_of_plan(plan: Plan) -> str:
             tree = ast.parse(inspect.getsource(sys.modules[name]))
             for node in ast.walk(tree):
                 body = getattr(node, "body", None)
-                if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                    if isinstance(body[0].value, ast.Constant):
-                        body.pop(0)
+                if not (isinstance(body, list) and body):
+                    continue
+                if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                    body.pop(0)
             digest.update(ast.dump(tree).encode())
         digest.update(f"{plan.rule.channel_axis} {plan.rule.per_leaf}".encode())
     return digest.hexdigest()[:12]

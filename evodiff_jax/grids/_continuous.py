@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax.grids._parts import between, ends_of, fractions_of, pinned
 from evodiff_jax.numerics import on_host
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 
 def log_snr(
@@ -228,6 +228,7 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
     Raises:
       ValueError: when the sigmas are not as above.
     """
+    check_schedule(schedule)
     kappa = np.asarray(sigmas, np.float64)
     if kappa.ndim != 1 or kappa.size < 2 or not (np.diff(kappa) < 0).all() or kappa[-1] < 0:
         raise ValueError(f"sigmas must be at least 2 strictly decreasing numbers, none negative, got {sigmas!r}")
@@ -245,9 +246,9 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
     """The part of a grid that image-to-image sampling runs: its last strength N steps, at least one.
 
     Strength is the fraction of the steps that are run, and of the model calls. strength N is rounded to the nearest
-    integer, halves up: 0.5 of 5 steps are 3, of 7 steps 4. 1 starts from pure noise and keeps
-    nothing of the image; the smaller it is, the less noise the image gets and the more of it stays. What noise a
-    strength means depends on the grid; to start at a noise level of your choice give a grid `start`.
+    integer, halves up: 0.5 of 5 steps are 3, of 7 steps 4. 1 starts from pure noise and keeps nothing of the image; the
+    smaller it is, the less noise the image gets and the more of it stays. What noise a strength means depends on the
+    grid; to start at a noise level of your choice give a grid `start`.
 
     Args:
       times: (N + 1,) the times of a whole run.

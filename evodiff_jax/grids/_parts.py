@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 
 def fractions_of(num_steps: int) -> np.ndarray:
@@ -18,7 +18,11 @@ def between(start: float, end: float, fractions: np.ndarray) -> np.ndarray:
 
 
 def ends_of(schedule: NoiseSchedule, start: float | None, end: float | None) -> tuple[float, float]:
-    """The first and last time, those of the schedule unless given; raises ValueError for ends outside it."""
+    """The first and last time, those of the schedule unless given.
+
+    Raises TypeError for anything but a schedule and ValueError for ends outside it.
+    """
+    check_schedule(schedule)
     start = schedule.t_max if start is None else float(start)
     end = schedule.t_min if end is None else float(end)
     if not schedule.t_min <= end < start <= schedule.t_max:

@@ -4,7 +4,7 @@ import numpy as np
 
 from evodiff_jax.grids._parts import ends_of, fractions_of
 from evodiff_jax.numerics import on_host
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 _NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise
 
@@ -39,8 +39,8 @@ def leading(
     if start is None and times[0] < _NEAR_T_MAX * schedule.t_max:
         raise ValueError(
             f"x_T is noise of t_max = {schedule.t_max:g}, but the first of {num_steps} leading timesteps is "
-            f"{times[0]:g}, where alpha is {on_host(schedule.alpha, times[0]):.2g}: use grids.trailing, which starts at "
-            "t_max, or give start and an x_T of that time"
+            f"{times[0]:g}, where alpha is {on_host(schedule.alpha, times[0]):.2g}: use grids.trailing, which starts "
+            "at t_max, or give start and an x_T of that time"
         )
     return times
 
@@ -77,6 +77,7 @@ def trailing(
 
 def _discrete(schedule: NoiseSchedule, grid: str, num_steps: int) -> int:
     """The number of the schedule's timesteps, once it is known to have that many."""
+    check_schedule(schedule)
     fractions_of(num_steps)
     if schedule.num_timesteps is None:
         raise ValueError(f"the {grid} grid needs a schedule of discrete timesteps, from schedules.discrete")

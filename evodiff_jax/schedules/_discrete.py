@@ -61,8 +61,8 @@ def discrete(
         raise ValueError("alphas_cumprod must decrease strictly from below 1 to 0 or more")
     if alphas_cumprod is not None and signal[-1] > _NEAR_ZERO:
         raise ValueError(
-            f"alphas_cumprod must fall to near 0, to {_NEAR_ZERO} at most, got {signal[-1]:.4g} at the last level: it is "
-            "the cumulative product of 1 - betas (not 1 - betas, nor the square root); or give betas"
+            f"alphas_cumprod must fall to near 0, to {_NEAR_ZERO} at most, got {signal[-1]:.4g} at the last level: it "
+            "is the cumulative product of 1 - betas (not 1 - betas, nor the square root); or give betas"
         )
     if not -1 <= t_min < given.size - 1:
         raise ValueError(f"discrete needs -1 <= t_min < {given.size - 1}, got {t_min}")
