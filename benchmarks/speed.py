@@ -6,17 +6,19 @@
 1. Versions, device, and copy bandwidth, over as many arrays as EVODiff keeps.
 2. What a solver adds to a model call, with the identity for a network, and the same in units of moving 11 arrays of
    the state at the copy bandwidth measured in the same rounds: on a CPU that of one thread, which more cores than one
-   can exceed, and that of a thread a core.
-3. Where EVODiff's time goes: what a run gains without its rule, and without the distances of outputs too; and how long
-   NumPy takes to sum arrays of as many elements, which it reads once, on one thread.
-4. The overhead of PyTorch peers, on a CPU and where torch and diffusers can be imported: the `step` of diffusers'
-   schedulers, and EVODiff's own release where --released is its evodiff.py (code_demo/edm_cifar10/samplers in
-   github.com/ShiguiLi/EVODiff, with utils.py beside it; the file is executed). The release takes states of four axes
-   with the channels second: the same elements are given to it so. It divides 0 by 0 for the identity, and NaN
-   took it a third longer; so its predictions are three random arrays in turn, which cost nothing.
-5. The packaged U-Net: sampling 16 images in 10 steps over 10 calls of the jitted network.
-6. Seconds to trace and compile, and the size of the program, against the number of steps.
-7. Temporary memory of samplers and of gradients, in states.
+   can exceed, and that of a thread a core. And what padding adds: a plan of 20 calls with max_calls=40.
+3. The overhead of PyTorch peers, on a CPU and where torch and diffusers can be imported: the `step` of diffusers'
+   schedulers, and EVODiff's own release, beside `evodiff, released`, where --released is its evodiff.py
+   (code_demo/edm_cifar10/samplers in github.com/ShiguiLi/EVODiff, with utils.py beside it; the file is executed). The
+   release takes states of four axes with the channels second: the same elements are given to it so. It divides 0 by 0
+   for the identity, and NaN took it a third longer; so its predictions are three random arrays in turn, which cost
+   nothing.
+4. A U-Net: sampling in 10 calls over 10 calls of the jitted network alone; the packaged one on a CPU, one of 20
+   million random weights at batch 16 and 128 on other devices.
+5. Seconds to trace and compile, and the size of the program, against the number of steps.
+6. Temporary memory of samplers and of gradients, in states.
+
+`benchmarks/traffic.py` counts the arrays that each solver moves.
 
 The peers need an environment of their own, and pip: other installers may choose a build of torch for another device.
 
@@ -45,11 +47,12 @@ import numpy as np
 
 import evodiff_jax as ed
 from evodiff_jax import pretrained, solvers
-from evodiff_jax.tables import Coefficients
 
 Turn = Callable[[], float]
 
-STATES = ((64, 32, 32, 3), (256, 32, 32, 3), (4, 64, 64, 4, 16))
+ON_CPU = ((64, 32, 32, 3), (256, 32, 32, 3), (4, 64, 64, 4, 16))
+ELSEWHERE = ((64, 256, 256, 3), (512, 32, 32, 3))
+DTYPES = (jnp.float32, jnp.bfloat16)  # the second one is measured on other devices than a CPU
 CALLS = 20
 COPIES = 200
 ARRAYS_MOVED = 11
@@ -57,10 +60,11 @@ ARRAYS_KEPT = 5
 CORES = os.cpu_count() or 1
 SCHEDULE = ed.schedules.edm()
 SOLVERS = {
-    "evodiff": solvers.evodiff(),
     "ddim": solvers.ddim(),
-    "dpm_solver_pp": solvers.dpm_solver_pp(2),
-    "unipc": solvers.unipc(2),
+    "dpm_solver_pp-2": solvers.dpm_solver_pp(2),
+    "unipc-2": solvers.unipc(2),
+    "evodiff, released": solvers.evodiff(last_step="released"),
+    "variance_optimal": solvers.variance_optimal(),
 }
 
 
@@ -104,9 +108,16 @@ def title(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def noise(shape: tuple[int, ...]) -> jax.Array:
+def noise(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """The state that a run starts from."""
-    return SCHEDULE.t_max * jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    return SCHEDULE.noise(jax.random.key(0), shape, dtype)
+
+
+def states() -> list[jax.Array]:
+    """What solvers are timed on."""
+    if jax.default_backend() == "cpu":
+        return [noise(shape) for shape in ON_CPU]
+    return [noise(shape, dtype) for shape in ELSEWHERE for dtype in DTYPES]
 
 
 def copying(x: jax.Array) -> dict[str, Turn]:
@@ -127,10 +138,14 @@ def copying(x: jax.Array) -> dict[str, Turn]:
     return {"1 thread": by(1), f"{CORES} threads": by(CORES)}
 
 
-def identity_sampler(x: jax.Array, solver: ed.Solver) -> jax.stages.Compiled:
-    """The compiled run of CALLS steps with the identity for a network."""
-    times = ed.grids.log_snr(SCHEDULE, CALLS)
-    return jax.jit(lambda x: ed.sample(lambda x, t: x, x, times, SCHEDULE, solver)).lower(x).compile()
+def identity_sampler(x: jax.Array, solver: ed.Solver, max_calls: int | None = None) -> Any:
+    """The compiled run of CALLS steps with the identity for a network, with a padded plan where max_calls is given."""
+    plan = ed.plan(SCHEDULE, ed.grids.log_snr(SCHEDULE, CALLS), solver, max_calls=max_calls)
+    if max_calls is None:
+        return jax.jit(lambda x: ed.sample(lambda x, t: x, x, plan)).lower(x).compile()
+    plan = jax.device_put(jax.tree.map(lambda a: jnp.asarray(a), plan))
+    compiled = jax.jit(lambda x, plan: ed.sample(lambda x, t: x, x, plan)).lower(x, plan).compile()
+    return lambda x: compiled(x, plan)
 
 
 def temporary(compiled: jax.stages.Compiled, state_bytes: int) -> str:
@@ -141,7 +156,7 @@ def temporary(compiled: jax.stages.Compiled, state_bytes: int) -> str:
 
 def print_machine(rounds: int) -> None:
     """Versions, the device and its copy bandwidth."""
-    x = noise(STATES[1])
+    x = states()[1]
     found = medians(copying(x), rounds)
     rates = ", ".join(f"{2 * x.nbytes * COPIES / value / 1e9:.1f} GB/s by {who}" for who, value in found.items())
     print(
@@ -153,13 +168,14 @@ def print_machine(rounds: int) -> None:
 def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
     """Time that a solver adds to a model call, of the solvers here and of the peers."""
     ours, theirs, copiers = [], [], []
-    for shape in STATES:
-        x = noise(shape)
+    for x in states():
+        state = f"{title(x.shape)} {x.dtype}"
         copies = copying(x)
         turns = dict(copies)
         for name, solver in SOLVERS.items():
-            run = identity_sampler(x, solver)
-            turns[name] = lambda run=run, x=x: seconds(lambda: run(x))
+            for form, max_calls in ((name, None), (f"{name} padded", 2 * CALLS)):
+                run = identity_sampler(x, solver, max_calls)
+                turns[form] = lambda run=run, x=x: seconds(lambda: run(x))
         for peer in peers:
             turns[peer.name] = lambda peer=peer, x=x: peer.run(np.array(x))
         found = medians(turns, rounds)
@@ -167,48 +183,18 @@ def print_overhead(rounds: int, peers: Sequence[Peer]) -> None:
         copiers = [f"in units of {ARRAYS_MOVED} arrays by {who}" for who in copies]
         for name in SOLVERS:
             units = [f"{per_call[name] / (per_call[who] * ARRAYS_MOVED / 2):.2f}" for who in copies]
-            ours.append((title(shape), f"`{name}`", f"{per_call[name] * 1e3:.3f}", *units))
+            padding = f"{(per_call[f'{name} padded'] - per_call[name]) * 1e3:.3f}"
+            ours.append((state, f"`{name}`", f"{per_call[name] * 1e3:.3f}", padding, *units))
         for peer in peers:
             a, b = per_call[peer.name], per_call[peer.ours]
-            theirs.append(
-                (title(shape), peer.name, f"{a * 1e3:.3f}", f"`{peer.ours}`", f"{b * 1e3:.3f}", f"{a / b:.1f}")
-            )
+            theirs.append((state, peer.name, f"{a * 1e3:.3f}", f"`{peer.ours}`", f"{b * 1e3:.3f}", f"{a / b:.1f}"))
     print(f"\n### Solver overhead, identity network, {CALLS} calls\n")
-    print_table(("state", "solver", "ms a call", *copiers), ours)
+    print_table(("state", "solver", "ms a call", "more if padded", *copiers), ours)
     if not peers:
         print("\nNo PyTorch peers: they are measured on a CPU, where torch and diffusers can be imported.")
     else:
         print(f"\n### PyTorch peers, {CALLS} calls, {CORES} threads\n")
         print_table(("state", "peer", "ms a call", "ours", "ms a call", "peer / ours"), theirs)
-
-
-def print_parts(rounds: int) -> None:
-    """Where the time of evodiff goes, by leaving parts out; with the rule goes the noise that it alone reads."""
-
-    def constant(measured: bool) -> Callable[[Any, Any, Any], Any]:
-        def rule(row: Any, gram: Any, memory: Any) -> Any:
-            slots = len(gram.norms)
-            of_gram = sum((gram.distance(0, i) for i in range(1, slots)), gram.norms[0]) if measured else 0.0
-            c = (row.outputs * 1e-3 + 1e-30 * of_gram,) * slots
-            return Coefficients(c, c, {}), memory
-
-        return rule
-
-    evodiff, rows = SOLVERS["evodiff"], []
-    forms = {"all": evodiff, **{name: evodiff._replace(rule=constant(name == "rule")) for name in ("rule", "gram")}}
-    for shape in STATES:
-        x = noise(shape)
-        outputs = np.zeros((ARRAYS_KEPT, *shape), np.float32)
-        turns: dict[str, Turn] = {"sum": lambda outputs=outputs: seconds(lambda: [a.sum() for a in outputs])}
-        for name, form in forms.items():
-            run = identity_sampler(x, form)
-            turns[name] = lambda run=run, x=x: seconds(lambda: run(x))
-        found = medians(turns, rounds)
-        whole, no_rule, no_gram = (found[name] / CALLS for name in forms)
-        parts = (whole - no_rule, no_rule - no_gram, no_gram, found["sum"])
-        rows.append((title(shape), *(f"{part * 1e3:.3f}" for part in parts)))
-    print("\n### The parts of `evodiff`, ms a call\n")
-    print_table(("state", "rule and noise", "distances", "the rest", f"NumPy's sum of {ARRAYS_KEPT} states"), rows)
 
 
 def diffusers_peers() -> list[Peer]:
@@ -235,8 +221,8 @@ def diffusers_peers() -> list[Peer]:
         return Peer(f"diffusers {diffusers.__version__} `{name}`", ours, run)
 
     return [
-        peer("DPMSolverMultistepScheduler", "dpm_solver_pp", algorithm_type="dpmsolver++"),
-        peer("UniPCMultistepScheduler", "unipc"),
+        peer("DPMSolverMultistepScheduler", "dpm_solver_pp-2", algorithm_type="dpmsolver++"),
+        peer("UniPCMultistepScheduler", "unipc-2"),
     ]
 
 
@@ -259,34 +245,44 @@ def released_peer(path: Path) -> Peer:
         sampler.data_prediction_fn = lambda x, t: next(predictions)
         return seconds(lambda: sampler.sample(None, x, steps=CALLS, **ends))
 
-    return Peer("released EVODiff", "evodiff", run)
+    return Peer("released EVODiff", "evodiff, released", run)
 
 
-def print_end_to_end(rounds: int) -> None:
-    """Sampling with the packaged U-Net against as many calls of the network alone."""
-    model, batch, steps = pretrained.load("fashion_mnist"), 16, 10
-    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
-    times = ed.grids.log_snr(schedule, steps)
-    labels = jnp.arange(batch) % model.num_classes
-    x_T = noise((batch, *model.image_shape))
-    forward = jax.jit(model.denoise)
+def network(batch: int) -> tuple[Any, jax.Array, Callable[..., jax.Array], str]:
+    """Parameters, a state, denoise(params, x, t) for `batch` images, and what it is."""
+    if jax.default_backend() == "cpu":
+        model = pretrained.load("fashion_mnist")
+        labels = jnp.arange(batch) % model.num_classes
+        denoise = lambda params, x, t: model.denoise(params, x, t, labels)
+        return model.params, noise((batch, *model.image_shape)), denoise, "the packaged U-Net"
+    config = pretrained.UNetConfig(image_shape=(32, 32, 3), patch=1, widths=(128, 256, 384), blocks=(2, 2, 2), heads=6)
+    x, labels = noise((batch, *config.image_shape)), jnp.arange(batch) % config.num_classes
+    params = jax.jit(pretrained.UNet(config).init)(jax.random.key(0), x, jnp.zeros(batch), labels)["params"]
+    denoise = lambda params, x, t: pretrained.apply_denoiser(config, 0.5, params, x, t, labels)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return params, x, denoise, f"a U-Net of {size / 1e6:.1f} million random weights"
 
-    def run(params: Any, x_T: jax.Array, solver: ed.Solver) -> jax.Array:
-        return ed.sample(lambda x, t: model.denoise(params, x, t, labels), x_T, times, schedule, solver)
+
+def print_end_to_end(rounds: int, batch: int, steps: int = 10) -> None:
+    """Sampling with a U-Net against as many calls of the network alone."""
+    params, x_T, denoise, words = network(batch)
+    times = ed.grids.log_snr(SCHEDULE, steps)
+    forward = jax.jit(denoise)
 
     def calls() -> jax.Array:
         x = x_T
         for t in np.asarray(times[:-1], np.float32):
-            x = forward(model.params, x, t, labels)
+            x = forward(params, x, t)
         return x
 
-    sampler = jax.jit(run, static_argnums=2)
+    sampler = jax.jit(lambda params, x_T, plan: ed.sample(lambda x, t: denoise(params, x, t), x_T, plan))
     turns: dict[str, Turn] = {"network": lambda: seconds(calls)}
     for name, solver in SOLVERS.items():
-        turns[name] = lambda solver=solver: seconds(lambda: sampler(model.params, x_T, solver))
+        plan = ed.plan(SCHEDULE, times, solver)
+        turns[name] = lambda plan=plan: seconds(lambda: sampler(params, x_T, plan))
     found = medians(turns, rounds)
     alone = found.pop("network")
-    print(f"\n### Sampling with the packaged U-Net, {batch} images, {steps} steps\n")
+    print(f"\n### Sampling with {words}, {batch} images, {steps} steps\n")
     print(f"{steps} calls of the jitted network: {alone * 1e3:.1f} ms\n")
     rows = [(f"`{name}`", f"{value * 1e3:.1f}", f"{value / alone:.3f}") for name, value in found.items()]
     print_table(("solver", "ms", f"over {steps} network calls"), rows)
@@ -294,26 +290,19 @@ def print_end_to_end(rounds: int) -> None:
 
 def print_compilation(step_counts: Sequence[int]) -> None:
     """Seconds to compile, size of the program and number of compilations against the number of steps."""
-    model = pretrained.load("fashion_mnist")
-    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
-    x_T = noise((16, *model.image_shape))
-    labels = jnp.arange(16) % model.num_classes
+    params, x_T, denoise, words = network(16)
 
-    def with_plan(params: Any, x_T: jax.Array, plan: Any) -> jax.Array:
-        return ed.sample_plan(lambda x, t: model.denoise(params, x, t, labels), x_T, plan)
+    def with_plan(params: Any, x_T: jax.Array, plan: ed.Plan) -> jax.Array:
+        return ed.sample(lambda x, t: denoise(params, x, t), x_T, plan)
 
     def compile_with(steps: int, as_argument: bool) -> tuple[float, int]:
-        times = ed.grids.log_snr(schedule, steps)
-
-        def with_times(params: Any, x_T: jax.Array) -> jax.Array:
-            return ed.sample(lambda x, t: model.denoise(params, x, t, labels), x_T, times, schedule)
-
+        plan = ed.plan(SCHEDULE, ed.grids.log_snr(SCHEDULE, steps), SOLVERS["variance_optimal"])
         jax.clear_caches()
         start = time.perf_counter()
         if as_argument:
-            lowered = jax.jit(with_plan).lower(model.params, x_T, ed.plan(schedule, times))
+            lowered = jax.jit(with_plan).lower(params, x_T, plan)
         else:
-            lowered = jax.jit(with_times).lower(model.params, x_T)
+            lowered = jax.jit(lambda params, x_T: with_plan(params, x_T, plan)).lower(params, x_T)
         lowered.compile()
         return time.perf_counter() - start, len(lowered.as_text())
 
@@ -322,8 +311,8 @@ def print_compilation(step_counts: Sequence[int]) -> None:
     for steps in step_counts:
         (constant, text), (argument, text_argument) = (compile_with(steps, form) for form in (False, True))
         rows.append((str(steps), f"{constant:.2f}", f"{argument:.2f}", f"{text:,}", f"{text_argument:,}"))
-    print("\n### Compilation with the packaged U-Net\n")
-    columns = ("s, `sample`", "s, `sample_plan`", "characters, `sample`", "characters, `sample_plan`")
+    print(f"\n### Compilation of `variance_optimal` with {words}\n")
+    columns = ("s, constant plan", "s, plan as argument", "characters, constant plan", "characters, plan as argument")
     print_table(("steps", *columns), rows)
 
     compilations = []
@@ -332,9 +321,10 @@ def print_compilation(step_counts: Sequence[int]) -> None:
     )
     run, sweep = jax.jit(with_plan), range(5, 21)
     for steps in sweep:
-        run(model.params, x_T, ed.plan(schedule, ed.grids.log_snr(schedule, steps), max_calls=sweep[-1]))
+        times = ed.grids.log_snr(SCHEDULE, steps)
+        run(params, x_T, ed.plan(SCHEDULE, times, SOLVERS["variance_optimal"], max_calls=sweep[-1]))
     counted = f"{len(compilations)} compilation(s)"
-    print(f"\n`sample_plan` with plans of {sweep[0]} to {sweep[-1]} steps, {len(sweep)} of them: {counted}")
+    print(f"\nPlans of {sweep[0]} to {sweep[-1]} steps as arguments, {len(sweep)} of them: {counted}")
 
 
 def deep(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -346,16 +336,17 @@ def deep(x: jax.Array, t: jax.Array) -> jax.Array:
 
 def print_memory(step_counts: Sequence[int]) -> None:
     """Peak temporary memory of the compiled sampler and of its gradient."""
-    x = noise(STATES[1])
+    x = states()[1]
     rows = [(f"`{name}`", temporary(identity_sampler(x, solver), x.nbytes)) for name, solver in SOLVERS.items()]
-    print(f"\n### Temporary memory in states, identity network, {title(STATES[1])}, {CALLS} calls\n")
+    print(f"\n### Temporary memory in states, identity network, {title(x.shape)}, {CALLS} calls\n")
     print_table(("solver", "states"), rows)
 
     shape = (8, 16, 16, 3)
 
     def gradient(solver: ed.Solver, steps: int, remat: bool) -> str:
         times = ed.grids.log_snr(SCHEDULE, steps)
-        loss = lambda x: jnp.sum(ed.sample(deep, x, times, SCHEDULE, solver, remat=remat) ** 2)
+        plan = ed.plan(SCHEDULE, times, solver)
+        loss = lambda x: jnp.sum(ed.sample(deep, x, plan, remat=remat) ** 2)
         compiled = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
         return temporary(compiled, 4 * math.prod(shape))
 
@@ -382,8 +373,8 @@ def main() -> None:
         peers.append(released_peer(args.released))
     print_machine(rounds)
     print_overhead(rounds, peers)
-    print_parts(rounds)
-    print_end_to_end(3 if args.quick else 15)
+    for batch in (16,) if jax.default_backend() == "cpu" else (16, 128):
+        print_end_to_end(3 if args.quick else 15, batch)
     print_compilation((5, 100) if args.quick else (5, 10, 20, 50, 100))
     print_memory((10, 100) if args.quick else (10, 30, 100))
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_models import write_model
 
-from evodiff_jax import evaluation, pretrained
+from evodiff_jax import evaluation, plan, pretrained, solvers
 from evodiff_jax.cli import main
 from evodiff_jax.evaluation import Ratio, Result, _document, _plots, _report, _results, _runs, _store
 from evodiff_jax.evaluation.metrics import Estimate
@@ -72,7 +72,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
     assert sampled == [30, 6, 6, 6]  # the reference, and each solver once
     rows = rows_of(folder / "out" / "results.csv")
     assert [(row["solver"], row["calls"]) for row in rows] == [
-        (solver, calls) for solver in ("evodiff", "ddim", "unipc-2") for calls in ("4", "6")
+        (solver, calls) for solver in ("variance_optimal", "ddim", "unipc-2") for calls in ("4", "6")
     ]
     for row in rows:
         for figure in ("frechet", "kernel", "median", "worst_tenth", "rms"):
@@ -80,7 +80,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
     text = (folder / "out" / "report.md").read_text()
     errors = {(row["solver"], row["calls"]): float(row["median"]) for row in rows}
     peer = min(("ddim", "unipc-2"), key=lambda solver: errors[solver, "4"])
-    ratio = errors["evodiff", "4"] / errors[peer, "4"]
+    ratio = errors["variance_optimal", "4"] / errors[peer, "4"]
     (line,) = re.findall(r"### Median trajectory error, ratio.*\n\n.*\n.*\n\| mixture-2d \| (.*?) \|", text)
     assert re.fullmatch(rf"\*?\*?{re.escape(f'{ratio:.3g}')}\*?\*? \(.*\) `{peer}`", line)
     assert "best grid" not in text  # there is but one
@@ -96,7 +96,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
     assert main(EXACT) == 0
     assert sampled == []
     assert {path: path.read_bytes() for path in before} == before
-    lost = folder / "out" / "mixture-2d" / "ddim_log_snr_4.npy"
+    (lost,) = (folder / "out" / "mixture-2d").glob("ddim_log_snr_4_*.npy")
     lost.unlink()
     assert main(EXACT) == 0
     assert sampled == [6]
@@ -117,7 +117,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
 
 def test_a_checkpoint_of_other_images_is_judged_by_its_pixels(folder, capsys, sampled):
     path = write_model(folder / "tiny.safetensors")
-    run = ["compare", "--checkpoint", path, "--solvers", "evodiff", "ddim", "--calls", "3", "10", "--samples", "12"]
+    run = ["compare", "--checkpoint", path, "--solvers", "variance_optimal", "ddim", "--calls", "3", "10", "--samples", "12"]
     assert main([*run, "--grids", "karras", "--out", "out", "--guidance", "2"]) == 0
     assert "judged   by the pixels, against 24 converged samples from other noise" in capsys.readouterr().out
     text = (folder / "out" / "report.md").read_text()
@@ -127,8 +127,8 @@ def test_a_checkpoint_of_other_images_is_judged_by_its_pixels(folder, capsys, sa
         with Image.open(folder / "out" / name) as picture:
             # 8 pixels four times as large and 2 between; ten columns of the same noise, and a row for what is converged
             assert picture.size == (_plots._LABEL + 10 * 34 + 2, 3 * 34 + 2)
-    stored = np.load(folder / "out" / "tiny" / "ddim_karras_3.npy")
-    assert stored.shape == (12, 8, 8, 1)
+    (stored,) = (folder / "out" / "tiny").glob("ddim_karras_3_*.npy")
+    assert np.load(stored).shape == (12, 8, 8, 1)
     sampled.clear()
     assert main([*run, "--grids", "karras", "--out", "out"]) == 2
     assert "guidance 2.0 there, 1.0 here" in capsys.readouterr().err
@@ -180,11 +180,37 @@ def test_bad_input_is_one_line_and_nothing_is_made(folder, capsys, sampled, monk
     assert [path.name for path in folder.iterdir()] == ["taken"]
 
 
-def test_without_matplotlib_it_says_so_first(folder, capsys, sampled, monkeypatch):
+def test_without_matplotlib_it_says_so_before_any_work(folder, capsys, sampled, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(EXACT) == 2
     assert "pip install 'evodiff-jax[plots]'" in capsys.readouterr().err
+    assert main([*EXACT, "--solvers", "euler2"]) == 2
+    assert "got 'euler2'" in capsys.readouterr().err  # the user's own mistake first
     assert list(folder.iterdir()) == []
+
+
+def test_samples_of_a_solver_that_has_changed_are_not_read(folder, sampled):
+    problem, grids = evaluation.mixture("mixture-2d", 20, folder), {"log_snr": _runs.log_snr}
+
+    def changed():
+        ddim = solvers.ddim()
+
+        def table(schedule, times):
+            made = ddim.table(schedule, times)
+            return made._replace(predictor=made.predictor + 0.01)
+
+        return ddim._replace(table=table, keeps_constants=False)
+
+    before, after, again = (
+        next(evaluation.compare(problem, grids, [4], folder, {"ddim": make}, resamples=5))
+        for make in (solvers.ddim, changed, solvers.ddim)
+    )
+    assert before == again
+    assert after.rms.value != before.rms.value
+    assert sampled == [30, 4, 4]
+    rules = [solvers.evodiff(), solvers.evodiff(last_step="released"), solvers.evodiff(channel_axis=1)]
+    digests = [_store.digest_of_plan(plan(problem.schedule, np.array([80.0, 1.0, 0.1]), solver)) for solver in rules]
+    assert len(set(digests)) == 3
 
 
 # The store

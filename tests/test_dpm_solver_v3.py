@@ -40,7 +40,9 @@ DEVIATION = np.array([[0.5, 1.0, 0.1], [0.3, 2.0, 1.0]])
 def of_gaussian():
     x_0 = MEAN + DEVIATION * jax.random.normal(jax.random.key(0), (256, *SHAPE))
     return {
-        name: estimate(gaussian(schedule, MEAN, DEVIATION), x_0, schedule, jax.random.key(1), 100, batch_size=64)
+        name: estimate(
+            gaussian(schedule, MEAN, DEVIATION), x_0, schedule, key=jax.random.key(1), num_levels=100, batch_size=64
+        )
         for name, schedule in (("edm", EDM), ("vp", VP))
     }
 
@@ -120,7 +122,7 @@ def of_mixture():
     schedule = ed.schedules.edm(1e-3, 1e3)
     rng = np.random.default_rng(0)
     x_0 = (CENTERS[rng.integers(3, size=4096)] + 0.8 * rng.normal(size=(4096, 2))).astype(np.float32)
-    return schedule, estimate(mixture(schedule, CENTERS, 0.8), x_0, schedule, jax.random.key(0), 200)
+    return schedule, estimate(mixture(schedule, CENTERS, 0.8), x_0, schedule, key=jax.random.key(0), num_levels=200)
 
 
 def solutions(schedule, solvers, steps):
@@ -181,7 +183,7 @@ def test_runs_from_few_steps_up_to_sigma_0_and_with_denoising():
     x, trace = jax.jit(lambda x: ed.sample_with_trace(denoise, x, ed.plan(EDM, times, solver, denoise_to_zero=True)))(
         x_T
     )
-    chex.assert_trees_all_close(x, denoise(trace.states[-1], times[-1]), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(x, denoise(trace.states[-2], times[-1]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_corrected_states_of_the_trace_include_the_constant(x64):
@@ -248,11 +250,11 @@ GOOD = uniform(EDM, 1.0, 0.0, 0.0)
             ValueError,
             "for samples of shape \\(2, 3\\)",
         ),
-        (lambda: estimate(lambda x, t: x, X_0.astype(int), EDM, jax.random.key(0)), TypeError, "floating-point"),
-        (lambda: estimate(lambda x, t: x, X_0[:1], EDM, jax.random.key(0)), ValueError, "two samples"),
-        (lambda: estimate(lambda x, t: x, X_0, EDM, jax.random.key(0), batch_size=3), ValueError, "must divide"),
-        (lambda: estimate(lambda x, t: x, X_0, EDM, jax.random.key(0), num_levels=1), ValueError, "two levels"),
-        (lambda: estimate(lambda x, t: x, X_0, ed.schedules.edm(0.0), jax.random.key(0)), ValueError, "finite"),
+        (lambda: estimate(lambda x, t: x, X_0.astype(int), EDM, key=jax.random.key(0)), TypeError, "floating-point"),
+        (lambda: estimate(lambda x, t: x, X_0[:1], EDM, key=jax.random.key(0)), ValueError, "two samples"),
+        (lambda: estimate(lambda x, t: x, X_0, EDM, key=jax.random.key(0), batch_size=3), ValueError, "must divide"),
+        (lambda: estimate(lambda x, t: x, X_0, EDM, key=jax.random.key(0), num_levels=1), ValueError, "two levels"),
+        (lambda: estimate(lambda x, t: x, X_0, ed.schedules.edm(0.0), key=jax.random.key(0)), ValueError, "finite"),
     ],
 )
 def test_bad_arguments(make, error, message):

@@ -1,5 +1,7 @@
 """Time grids: ends, spacing, errors."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -58,15 +60,31 @@ def test_sgm_uniform_leaves_the_lowest_level_out_before_sigma_0():
     np.testing.assert_array_equal(ed.grids.sgm_uniform(vp, 10), ed.grids.time_uniform(vp, 10))
 
 
-@pytest.mark.parametrize("steps", [1, 7, 10, 50, 333])
+@pytest.mark.parametrize("steps", [1, 7, 10, 50, 80, 333])
 def test_leading_and_trailing_timesteps_are_the_published_ones(steps):
     ratio = 1000 // steps
     leading = (np.arange(steps) * ratio)[::-1]
-    np.testing.assert_array_equal(ed.grids.leading(TO_ZERO, steps), [*leading, -1])
-    np.testing.assert_array_equal(ed.grids.leading(DISCRETE, steps, offset=1), [*(leading + 1), 0])
+    np.testing.assert_array_equal(ed.grids.leading(TO_ZERO, steps, start=999), [*leading, -1])
+    np.testing.assert_array_equal(ed.grids.leading(DISCRETE, steps, offset=1, start=999), [*(leading + 1), 0])
     trailing = np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1
     np.testing.assert_array_equal(ed.grids.trailing(TO_ZERO, steps), [*trailing, -1])
     assert ed.grids.trailing(DISCRETE, 10)[0] == 999
+
+
+def test_trailing_timesteps_are_rounded_exactly():
+    """Halves to the even neighbour; in floating point 1000 - 49 * 12.5 and the like may fall on either side."""
+    assert ed.grids.trailing(DISCRETE, 80)[49] == 387
+    for steps in (16, 48, 80, 96, 160, 480, 600, 800, 999):
+        exact = [round(Fraction(1000 * (steps - i), steps)) - 1 for i in range(steps)]
+        np.testing.assert_array_equal(ed.grids.trailing(TO_ZERO, steps), [*exact, -1])
+
+
+@pytest.mark.parametrize(("steps", "first", "alpha"), [(600, 599, "0.4"), (1, 0, "1"), (7, 852, "0.15")])
+def test_leading_timesteps_that_begin_far_from_pure_noise_need_a_start(steps, first, alpha):
+    message = f"noise of t_max = 999, but the first of {steps} leading timesteps is {first}, where alpha is {alpha}:"
+    with pytest.raises(ValueError, match=message):
+        ed.grids.leading(TO_ZERO, steps)
+    assert ed.grids.leading(TO_ZERO, steps, start=999)[0] == first
 
 
 def test_leading_and_trailing_run_over_a_part():
@@ -96,12 +114,19 @@ def test_your_own_noise_levels():
     np.testing.assert_allclose(ed.grids.from_sigmas(edm, [80.0, 2.0, 0.0]), [80, 2, 0], rtol=1e-14)
 
 
-def test_strength_is_the_fraction_of_the_steps_that_are_run():
-    times = ed.grids.log_snr(SCHEDULES["edm"], 10)
-    for strength, steps in ((1.0, 10), (0.75, 8), (0.5, 5), (0.3, 3), (0.01, 1)):
-        part = ed.grids.last_steps(times, strength)
-        assert part.size == steps + 1
-        np.testing.assert_array_equal(part, times[-steps - 1 :])
+@pytest.mark.parametrize(
+    ("num_steps", "strength", "steps"),
+    [
+        *((10, 1.0, 10), (10, 0.75, 8), (10, 0.5, 5), (10, 0.3, 3), (10, 0.01, 1)),
+        *((5, 0.5, 3), (7, 0.5, 4), (10, 0.25, 3), (10, 0.45, 5), (10, 0.449, 4)),  # halves up
+        *((50, 0.57, 29), (50, 0.29, 15), (1, 0.5, 1)),  # 0.57 * 50 is 28.499999999999996
+    ],
+)
+def test_strength_is_the_fraction_of_the_steps_that_are_run_rounded_halves_up(num_steps, strength, steps):
+    times = ed.grids.log_snr(SCHEDULES["edm"], num_steps)
+    part = ed.grids.last_steps(times, strength)
+    assert part.size == steps + 1
+    np.testing.assert_array_equal(part, times[-steps - 1 :])
 
 
 def test_karras_tends_to_log_snr_as_rho_grows():
@@ -114,6 +139,17 @@ def test_karras_tends_to_log_snr_as_rho_grows():
 def test_bad_step_counts(grid, steps):
     with pytest.raises(ValueError, match="num_steps must be an integer of at least 1"):
         grid(SCHEDULES["edm"], steps)
+
+
+EVERY_GRID = {**GRIDS, "leading": ed.grids.leading, "trailing": ed.grids.trailing, "from_sigmas": ed.grids.from_sigmas}
+
+
+@pytest.mark.parametrize("grid", EVERY_GRID.values(), ids=EVERY_GRID)
+@pytest.mark.parametrize(("schedule", "second"), [(10, SCHEDULES["edm"]), (ed.schedules.edm, 10), (None, 10)])
+def test_what_is_no_schedule_is_named(grid, schedule, second):
+    """Arguments exchanged, or a schedule that was not called."""
+    with pytest.raises(TypeError, match=r"schedule must be a NoiseSchedule, for example schedules.edm\(\), got"):
+        grid(schedule, second)
 
 
 @pytest.mark.parametrize("grid", [ed.grids.log_snr, ed.grids.karras])

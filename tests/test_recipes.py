@@ -348,7 +348,7 @@ def blocks(page):
 def of_the_reader():
     """The names in the blocks that stand for the reader's own."""
     return {
-        "network": lambda params, x, t: params * jnp.tanh(x) * (1 - t),
+        "network": lambda params, x, t: 2 * params * VP.sigma(t) * x,  # exact for standard normal data
         "params": jnp.float32(0.5),
         "denoise": mixture(VP),
         "loss": lambda x: jnp.mean(x**2),
@@ -418,7 +418,7 @@ def check_gradients(n):
 
 
 def check_devices(n):
-    assert n["x"].sharding == n["split"]
+    assert n["x"].sharding.is_equivalent_to(n["split"], 5)
     assert len(n["x"].addressable_shards) == jax.device_count()
     close(n["x"], of_network(n, n["plan"]))
     close(n["y"], of_network(n, ed.plan(VP, n["times"], ed.solvers.sa_solver()), key=n["run_keys"]))
@@ -484,3 +484,19 @@ def test_the_recipe_for_many_devices_on_four():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment
     )
     assert result.stdout == "checked\n", result.stderr[-3000:]
+
+
+# ---- the page on extensions, whose blocks hold their own checks
+
+
+def test_the_blocks_of_contributing():
+    found = {}
+    for heading, code in blocks((ROOT / "CONTRIBUTING.md").read_text()):
+        exec(compile(code, heading, "exec"), found)
+    assert "row 0 takes a model that predicts the constant 1" in found["message"]
+    damping = np.asarray(found["trace"].rule["damping"])
+    assert damping.min() < 0.9
+    assert damping[2:].max() == 1  # the rule damps some samples and not others
+    assert np.abs(found["by_table"]).max() < 2
+    nearest = np.abs(np.asarray(found["x"])[:, None] - np.array([[-1.0, 0.0], [1.0, 0.5]])).max(-1).min(-1)
+    assert np.mean(nearest < 0.8) > 0.95  # samples of the mixture

@@ -1,5 +1,8 @@
 """Noise schedules: closed forms, inverses, precision, custom ones, errors."""
 
+import pickle
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +215,117 @@ def test_tables_of_jax_functions_are_float64_even_inside_jit():
 def test_a_schedule_without_inverse_finds_it_by_bisection_also_when_traced():
     lambda_ = jnp.asarray([2.0, 0.0, -2.0])
     np.testing.assert_allclose(jax.jit(CUSTOM.time)(lambda_), np.arctan(np.exp(-np.asarray(lambda_))), rtol=1e-5)
+
+
+# -- dtypes
+
+
+@pytest.mark.parametrize("name", ["discrete linear", "discrete zero terminal", "edm", "vp_linear", "flow", "custom"])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+def test_times_of_narrow_dtypes_are_computed_with_in_float32(name, dtype):
+    """Timesteps in integers and times in half precision, concrete and as arguments of a program."""
+    schedule = ALL[name]
+    times = np.unique(inner(schedule, 7).astype(dtype).astype(np.float64))
+    times = times[times > schedule.t_min].astype(dtype)
+    exact = schedule.levels(times.astype(np.float64))
+
+    def levels(t):
+        return schedule.alpha(t), schedule.sigma(t), schedule.lambda_(t)
+
+    on_device = jnp.asarray(times)
+    for found in (levels(times), levels(on_device), jax.jit(levels)(times), schedule.levels(on_device)):
+        for level, expected in zip(found, exact, strict=True):
+            assert level.dtype in (np.float32, np.float64)
+            np.testing.assert_allclose(level, expected, rtol=2e-5, atol=2e-5)
+    lambda_ = np.asarray([2.0, 0.5, -2.0], jnp.bfloat16)
+    expected = schedule.time(lambda_.astype(np.float64))
+    for time in (schedule.time(lambda_), schedule.time(jnp.asarray(lambda_)), jax.jit(schedule.time)(lambda_)):
+        assert time.dtype in (np.float32, np.float64)
+        np.testing.assert_allclose(time, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- noise
+
+
+@schedules
+def test_pure_noise_has_the_deviation_of_the_first_time(schedule):
+    x = schedule.noise(jax.random.key(0), (100, 400))
+    assert x.dtype == jnp.float32
+    assert float(jnp.std(x)) == pytest.approx(float(schedule.sigma(schedule.t_max)), rel=0.02)
+    x = schedule.noise(jax.random.key(0), {"a": (3, 4), "b": ((3, 2, 2),)}, jnp.bfloat16)
+    chex.assert_shape([x["a"], x["b"][0]], [(3, 4), (3, 2, 2)])
+    chex.assert_type([x["a"], x["b"][0]], jnp.bfloat16)
+    assert np.isfinite(x["a"].astype(jnp.float32)).all()
+
+
+def test_noise_of_one_key_a_sample_depends_on_it_alone():
+    schedule, keys = SCHEDULES["vp_linear"], jax.random.split(jax.random.key(0), 4)
+    x_0, order = jnp.linspace(-1, 1, 4 * 6).reshape(4, 6), np.array([2, 0, 3])
+    makers = {
+        "noise": lambda rows: schedule.noise(keys[rows], (len(rows), 6)),
+        "add_noise": lambda rows: schedule.add_noise(x_0[rows], 0.4, keys[rows]),
+        "of a pytree": lambda rows: schedule.add_noise({"a": x_0[rows], "b": x_0[rows]}, 0.4, keys[rows])["b"],
+    }
+    for name, make in makers.items():
+        whole = make(np.arange(4))
+        np.testing.assert_array_equal(make(order), whole[order], err_msg=name)
+        assert np.abs(np.diff(whole, axis=0)).min() > 0
+    one = schedule.noise(keys[0], (4, 6))
+    np.testing.assert_array_equal(one, schedule.noise(keys[0], (4, 6)))
+    assert np.abs(one - makers["noise"](np.arange(4))).max() > 0.1
+
+
+def test_noise_of_a_traced_time(strict_promotion):
+    schedule, key, x_0 = SCHEDULES["vp_linear"], jax.random.key(0), jnp.ones((2, 3))
+    traced = jax.jit(lambda t: schedule.add_noise(x_0, t, key))
+    for t in (0.5, np.float16(0.5), jnp.bfloat16(0.5)):
+        chex.assert_trees_all_close(traced(t), schedule.add_noise(x_0, t, key), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(4, "shape must be a tuple of integers"), ("4", "shape must be"), ((2.0, 3), "got"), (None, "shape must be")],
+)
+def test_bad_shapes_of_noise(shape, message):
+    with pytest.raises(TypeError, match=message):
+        SCHEDULES["edm"].noise(jax.random.key(0), shape)
+
+
+# -- files, parameters
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("custom", "from a log-SNR")])
+def test_schedules_can_be_pickled(name):
+    again = pickle.loads(pickle.dumps(ALL[name]))
+    times = inner(ALL[name], 9)
+    for ours, theirs in zip(again.levels(times), ALL[name].levels(times), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (again.t_min, again.t_max, again.num_timesteps) == (
+        ALL[name].t_min,
+        ALL[name].t_max,
+        ALL[name].num_timesteps,
+    )
+
+
+def test_arrays_without_axes_are_parameters():
+    assert ed.schedules.flow(jnp.float32(3.0)) is ed.schedules.flow(3.0)
+    assert ed.schedules.edm(0.002, np.array(80.0)) is ed.schedules.edm()
+    assert ed.schedules.vp_linear(beta_max=np.float64(20.0)) is ed.schedules.vp_linear()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: ed.schedules.flow(s), "flow needs a concrete shift, got the traced .*call flow outside jax.jit"),
+        (lambda s: ed.schedules.edm(sigma_max=s), "edm needs a concrete sigma_max"),
+        (lambda s: ed.schedules.vp_linear(s), "vp_linear needs a concrete beta_min"),
+        (lambda s: ed.schedules.edm(0.0, [80.0]), r"edm needs a single number or name for sigma_max, got \[80.0\]"),
+        (lambda s: ed.schedules.edm(0.0, np.array([80.0])), "edm needs a single number or name for sigma_max"),
+    ],
+)
+def test_traced_parameters_and_several_are_errors_that_name_them(make, message):
+    with pytest.raises(TypeError, match=message):
+        jax.jit(make)(jnp.float32(3.0))
 
 
 def good(t):

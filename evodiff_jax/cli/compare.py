@@ -90,8 +90,8 @@ def run_compare(args: argparse.Namespace) -> None:
     if not planned:
         raise ValueError(f"argument --calls: {', '.join(solvers)} have no runs of {', '.join(map(str, calls))} calls")
 
-    require("tqdm", extra="models")
     evaluation.check_plots()
+    require("tqdm", extra="models")
     from tqdm import tqdm
 
     try:

@@ -25,6 +25,7 @@ def log_snr(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: when num_steps is not a positive integer, not t_min <= end < start <= t_max, or the log-SNR is
         infinite at an end.
     """
@@ -46,6 +47,7 @@ def exponential(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `log_snr`.
     """
     return log_snr(schedule, num_steps, start=start, end=end)
@@ -74,6 +76,7 @@ def polyexponential(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `log_snr`, or when rho is not positive.
     """
     if not rho > 0:
@@ -104,6 +107,7 @@ def karras(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `log_snr`, or when rho is not positive.
     """
     if not rho > 0:
@@ -128,6 +132,7 @@ def time_uniform(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: when num_steps is not a positive integer or not t_min <= end < start <= t_max.
     """
     return between(*ends_of(schedule, start, end), fractions_of(num_steps))
@@ -148,6 +153,7 @@ def time_quadratic(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `time_uniform`, or when the last time is negative.
     """
     start, end = ends_of(schedule, start, end)
@@ -179,6 +185,7 @@ def beta(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `time_uniform`, or when a or b is not positive.
     """
     from scipy.special import betaincinv
@@ -207,6 +214,7 @@ def sgm_uniform(
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `time_uniform`.
     """
     start, end = ends_of(schedule, start, end)
@@ -226,6 +234,7 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
       N + 1 decreasing times, float64.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: when the sigmas are not as above.
     """
     check_schedule(schedule)

@@ -26,6 +26,7 @@ def leading(
       Decreasing times, float64: N + 1, fewer for a part.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: when num_steps is not a positive integer, not t_min <= end < start <= t_max, the schedule is not
         discrete, N is above its number of timesteps, the timesteps do not lie between the ends, or the first timestep
         is below 0.9 t_max and no start is given: x_T is noise of t_max, and n // N leaves the timesteps above
@@ -64,6 +65,7 @@ def trailing(
       Decreasing times, float64: N + 1, fewer for a part.
 
     Raises:
+      TypeError: when the schedule is something else.
       ValueError: as `leading`.
 
     References:
