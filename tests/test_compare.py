@@ -117,7 +117,8 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
 
 def test_a_checkpoint_of_other_images_is_judged_by_its_pixels(folder, capsys, sampled):
     path = write_model(folder / "tiny.safetensors")
-    run = ["compare", "--checkpoint", path, "--solvers", "variance_optimal", "ddim", "--calls", "3", "10", "--samples", "12"]
+    run = ["compare", "--checkpoint", path, "--solvers", "variance_optimal", "ddim", "--calls", "3", "10"]
+    run += ["--samples", "12"]
     assert main([*run, "--grids", "karras", "--out", "out", "--guidance", "2"]) == 0
     assert "judged   by the pixels, against 24 converged samples from other noise" in capsys.readouterr().out
     text = (folder / "out" / "report.md").read_text()

@@ -27,7 +27,10 @@ def conditional(x, t, c):
     return x + c[:, None, None, None]
 
 
-def sample(denoise=good, x_T=X, times=TIMES, schedule=EDM, solver=s.unipc(), **options):
+UNIPC = s.unipc()
+
+
+def sample(denoise=good, x_T=X, times=TIMES, schedule=EDM, solver=UNIPC, **options):
     return lambda: ed.sample(denoise, x_T, ed.plan(schedule, times, solver), **options)
 
 
@@ -89,7 +92,7 @@ BAD = {
     "a schedule for a plan": (lambda: ed.sample(good, X, EDM), T, "plan must be a Plan, from evodiff_jax.plan"),
     "times for a plan": (lambda: ed.sample(good, X, TIMES), T, "plan must be a Plan, from evodiff_jax.plan"),
     "text for remat": (sample(remat="yes"), T, "remat must be True or False, got 'yes'"),
-    "text for a channel axis": (lambda: s.evodiff("c"), T, "channel_axis must be an integer or None, got 'c'"),
+    "text for a channel axis": (lambda: s.evodiff("c"), T, "evodiff needs a number for channel_axis, got 'c'"),
     "text for a sigma": (lambda: ed.schedules.edm("0.1"), T, "edm needs a number for sigma_min, got '0.1'"),
     "a list for x_T": (sample(x_T=[[1.0, 2.0]]), T, "x_T must be an array or a pytree of arrays, got a leaf 1.0"),
     "joint inner products of channels": (

@@ -169,12 +169,11 @@ def test_a_loop_of_ones_own_lives_in_compiled_loops_and_side_by_side(name, x64):
     plan = plan_of(name, denoise_to_zero=True, max_calls=15)
     step = lambda now: ed.update(now, denoise(now.x, now.t), plan)
     start = lambda: ed.init(state(jnp.float64), plan, key=KEY)
+    side_by_side = lambda: jax.vmap(lambda _: jax.lax.fori_loop(0, 20, lambda _, s: step(s), start()))(jnp.arange(2))
     for loop in (
-        lambda: jax.lax.while_loop(lambda now: ~now.done, step, start()),
-        lambda: jax.lax.scan(lambda now, _: (step(now), None), start(), length=20)[0],
-        lambda: jax.tree.map(
-            lambda a: a[1], jax.vmap(lambda _: jax.lax.fori_loop(0, 20, lambda _, n: step(n), start()))(jnp.arange(2))
-        ),
+        lambda: jax.lax.while_loop(lambda s: ~s.done, step, start()),
+        lambda: jax.lax.scan(lambda s, _: (step(s), None), start(), length=20)[0],
+        lambda: jax.tree.map(lambda a: a[1], side_by_side()),
     ):
         now = jax.jit(loop)()
         assert bool(now.done)
