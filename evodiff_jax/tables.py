@@ -134,7 +134,8 @@ class Solver(NamedTuple):
       name: the solver's name in messages, tables and `citation`.
       table: table(schedule, times) -> Table, by the same code in NumPy for concrete times and in JAX for traced ones.
       rule: the rule that completes the table, or None where the table alone is the solver.
-      keeps_constants: whether a model that predicts a constant gets it back exactly, which `plan` then checks.
+      keeps_constants: whether the table, without what a rule adds, gives a model that predicts a constant that constant
+        back; `plan` then checks it.
     """
 
     name: str
