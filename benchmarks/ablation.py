@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from quality import PROBLEMS
 
@@ -24,7 +25,6 @@ from evodiff_jax.solvers import _variance_optimal as rule
 
 FIGURES = ("Frechet", "median", "RMS")
 CONSTANTS = (
-    "DIFFERENCES",
     "POWER",
     "SMALLEST",
     "NARROW",
@@ -46,16 +46,19 @@ PARTS: dict[str, dict[str, Any]] = {
 
 def variants() -> dict[str, dict[str, Any]]:
     """By name, what is set instead."""
-    halves = {f"half {name}": {name: getattr(rule, name) / 2} for name in CONSTANTS if name != "DIFFERENCES"}
-    twice = {f"twice {name}": {name: getattr(rule, name) * 2} for name in CONSTANTS if name != "DIFFERENCES"}
-    differences = {f"{count} differences": {"DIFFERENCES": count} for count in (2, 4)}
-    return {"variance_optimal()": {}, **PARTS, **differences, **halves, **twice}
+    changed = {
+        f"{words} {name}": {name: factor * getattr(rule, name)}
+        for name in CONSTANTS
+        for words, factor in (("half", 0.5), ("twice", 2.0))
+    }
+    return {"variance_optimal()": {}, **PARTS, **changed}
 
 
 @contextlib.contextmanager
 def constants(changed: dict[str, Any]) -> Iterator[None]:
     """The rule with other constants, which its functions read when a plan is made and a run is traced."""
     before = {name: getattr(rule, name) for name in changed}
+    jax.clear_caches()  # JAX keeps what it has traced of the rule's functions, with the constants of then
     try:
         for name, value in changed.items():
             setattr(rule, name, value)
