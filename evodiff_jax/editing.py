@@ -125,7 +125,7 @@ def invert(denoise: Denoiser, x_0: State, schedule: NoiseSchedule, times: ArrayL
     """Runs the probability-flow ODE from data to noise: the x_T from which `sample` comes back to x_0.
 
     The same solver on the same times, taken upwards. Coming back is exact only as steps get small;
-    `benchmarks/inversion.py` prints what is left at 50 calls. `evodiff` comes back worst, as its order is 1.
+    `benchmarks/inversion.py` prints what is left at 50 calls; `ddim` and `evodiff`, of order 1, leave the most.
 
     Args:
       denoise: as for `sample`.
