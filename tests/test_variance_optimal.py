@@ -92,7 +92,7 @@ def test_any_constant_comes_back_in_float32(value, grid, schedule):
 # -- data of one scale
 
 
-@pytest.mark.parametrize(("steps", "worst"), [(8, 1.1), (10, 0.6), (12, 0.4)])
+@pytest.mark.parametrize(("steps", "worst"), [(8, 0.6), (10, 0.45), (12, 0.3)])
 def test_normal_data_of_any_deviation_are_solved_far_better_than_by_fixed_coefficients(steps, worst, x64):
     """Its one scale is found, wherever it is."""
     x_T, times = initial_state(EDM, (2, 8), jnp.float64), ed.grids.log_snr(EDM, steps)
@@ -104,7 +104,7 @@ def test_normal_data_of_any_deviation_are_solved_far_better_than_by_fixed_coeffi
         errors.append(np.abs(gains / exact - 1))
     ours, theirs = errors
     assert np.max(ours) < worst * np.max(theirs)
-    assert np.median(ours) < np.median(theirs) / 3
+    assert np.median(ours) < np.median(theirs) / 4
 
 
 @pytest.mark.parametrize("deviation", [1e-4, 0.02, 1.0, 50.0])
