@@ -18,7 +18,7 @@ from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan, sample
-from evodiff_jax.schedules import edm
+from evodiff_jax.schedules import NoiseSchedule, edm
 from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan
 
@@ -103,7 +103,7 @@ def run_sample(args: argparse.Namespace) -> None:
     schedule = edm(model.sigma_min, model.sigma_max)
     times = GRIDS[args.grid](schedule, args.steps)
     run_of = plan(schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
-    sampler = make_sampler(model, run_of, args.guidance)
+    sampler = make_sampler(model, schedule, run_of, args.guidance)
     try:
         run = run_batches(sampler, model.params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
@@ -162,13 +162,12 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
 
 
 def make_sampler(
-    model: Model, plan: Plan, guidance: float
+    model: Model, schedule: NoiseSchedule, plan: Plan, guidance: float
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Returns the pure function (params, key, indices, labels) -> images (B, H, W, C) float32, to be jitted.
 
     All randomness of image i comes from (key, i), so that an image does not depend on the batch it is made in.
     """
-    schedule = edm(model.sigma_min, model.sigma_max)
 
     def sampler(params: Any, key: jax.Array, indices: jax.Array, labels: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
