@@ -1,7 +1,5 @@
 """Stochastic solvers: the exact mean and covariance on a Gaussian, their deterministic counterparts, their keys."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,22 +11,71 @@ import evodiff_jax as ed
 
 s = ed.solvers
 
+# Each with the order at which the covariance of its samples converges.
 STOCHASTIC = {
-    "ddim(1)": s.ddim(1.0),
-    "ddim(0.5)": s.ddim(0.5),
-    "sde_dpm_solver_pp(1)": s.sde_dpm_solver_pp(1),
-    "sde_dpm_solver_pp(2)": s.sde_dpm_solver_pp(2),
-    "sde_dpm_solver_pp(2, tau=0.5)": s.sde_dpm_solver_pp(2, 0.5),
-    "sa_solver()": s.sa_solver(),
-    "sa_solver(3, 4, tau=0.8)": s.sa_solver(3, 4, 0.8),
-    "sa_solver(tau of t)": s.sa_solver(2, 2, lambda t: 0.0 + (t > 0.1)),
-    "heun(s_churn=10)": s.heun(s_churn=10.0),
-    "heun(s_churn=40, s_tmin=0.05, s_tmax=10)": s.heun(s_churn=40.0, s_tmin=0.05, s_tmax=10.0),
+    "ddim(1)": (s.ddim(1.0), 1),
+    "ddim(0.5)": (s.ddim(0.5), 1),
+    "sde_dpm_solver_pp(1)": (s.sde_dpm_solver_pp(1), 1),
+    "sde_dpm_solver_pp(2)": (s.sde_dpm_solver_pp(2), 2),
+    "sde_dpm_solver_pp(2, tau=0.5)": (s.sde_dpm_solver_pp(2, 0.5), 2),
+    "sa_solver()": (s.sa_solver(), 3),
+    "sa_solver(3, 4, tau=0.8)": (s.sa_solver(3, 4, 0.8), 2),  # as its first and last steps are
+    "sa_solver(tau of t)": (s.sa_solver(2, 2, lambda t: 0.0 + (t > 0.1)), 2.5),  # tau jumps within a step
+    "heun(s_churn=10)": (s.heun(s_churn=10.0), 2),
+    "heun(s_churn=40, s_tmin=0.05, s_tmax=10)": (s.heun(s_churn=40.0, s_tmin=0.05, s_tmax=10.0), 2),
 }
-stochastic = pytest.mark.parametrize("solver", list(STOCHASTIC.values()), ids=list(STOCHASTIC))
+PROBLEMS = {"vp_linear": ed.schedules.vp_linear(), "edm": ed.schedules.edm(0.002, 40.0)}
 
 MEAN = np.array([0.7, -0.4])
 COVARIANCE = np.array([[0.5, 0.3], [0.3, 0.4]])
+
+
+def moments_at(schedule, t):
+    """The mean and the covariance of noisy normal data with MEAN and COVARIANCE."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return alpha * MEAN, alpha**2 * COVARIANCE + sigma**2 * np.eye(2)
+
+
+def moments_of_samples(schedule, plan):
+    """Those of what the plan makes of noisy data, exactly: a row is affine in the state and in the outputs before.
+
+    A row acts on the state and the remembered outputs as one vector. So does the model, whose prediction of normal
+    data is affine.
+    """
+    table, eye = plan.table, np.eye(2)
+    rows, slots = table.predictor.shape
+    keep_x, keep_m = (np.zeros(rows), np.ones(rows)) if table.history is None else table.history
+    mean, covariance = np.zeros(2 * slots), np.zeros((2 * slots, 2 * slots))
+    mean[:2], covariance[:2, :2] = moments_at(schedule, table.time[0])
+    for i in range(int(plan.calls)):
+        alpha, (there, marginal) = schedule.alpha(table.time[i]), moments_at(schedule, table.time[i])
+        gain = alpha * COVARIANCE @ np.linalg.inv(marginal)
+        outputs, constants = np.eye(2 * slots), np.zeros(2 * slots)  # H_0, ..., H_K of x, H_1, ..., H_K
+        outputs[:2, :2] = keep_x[i] * eye + keep_m[i] * gain
+        constants[:2] = keep_m[i] * (MEAN - gain @ there)
+        of_outputs = np.kron(table.transition[i] * table.corrector[i] + table.predictor[i], eye)
+        of_state = of_outputs @ outputs
+        of_state[:, :2] += table.transition[i] * eye
+        step = np.concatenate([of_state, outputs[:-2]])
+        mean = step @ mean + np.append(of_outputs @ constants, constants[:-2])
+        covariance = step @ covariance @ step.T
+        covariance[:2, :2] += table.noise[i] ** 2 * eye
+    return mean[:2], covariance[:2, :2]
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_mean_and_covariance_converge_to_the_exact_ones(problem, name):
+    schedule, (solver, order) = PROBLEMS[problem], STOCHASTIC[name]
+    mean, covariance = moments_at(schedule, schedule.t_min)
+    errors = []
+    for steps in (160, 320, 640):
+        of_samples = moments_of_samples(schedule, ed.plan(schedule, ed.grids.log_snr(schedule, steps), solver))
+        np.testing.assert_allclose(of_samples[0], mean, rtol=1e-11)  # a state at the mean stays there
+        errors.append(np.abs(of_samples[1] - covariance).max())
+    observed = np.log2(np.divide(errors[:-1], errors[1:]))
+    np.testing.assert_allclose(observed, order, atol=0.5 if order == 2.5 else 0.1)
+    assert errors[-1] < {1: 0.008, 2: 3e-4}.get(order, 4e-6)
 
 
 def gaussian(schedule):
@@ -43,48 +90,37 @@ def gaussian(schedule):
     return denoise
 
 
-PROBLEMS = {"vp_linear": ed.schedules.vp_linear(), "edm": ed.schedules.edm(0.002, 40.0)}
-
-
-@functools.cache
-def sampler(name):
-    """Compiled once for all solvers of one memory."""
-    schedule, (noise_key, key) = PROBLEMS[name], jax.random.split(jax.random.key(0))
-    alpha, sigma, _ = schedule.levels(np.array([schedule.t_max]))
-    # Started from the true distribution at t_max, so that what is measured is the solver.
-    root = np.linalg.cholesky(alpha**2 * COVARIANCE + sigma**2 * np.eye(2))
-    x_T = alpha * MEAN + jax.random.normal(noise_key, (50_000, 2)) @ root.T
-    return jax.jit(lambda plan: ed.sample(gaussian(schedule), x_T, plan, key=key))
-
-
-@stochastic
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_mean_and_covariance_converge_to_the_exact_ones(name, solver):
-    schedule = PROBLEMS[name]
-
-    def error(steps):
-        x = sampler(name)(ed.plan(schedule, ed.grids.log_snr(schedule, steps), solver, max_calls=400))
-        return np.abs(np.mean(x, 0) - MEAN).max(), np.abs(np.cov(x.T) - COVARIANCE).max()
-
-    remembers = ed.plan(schedule, ed.grids.log_snr(schedule, 2), solver).table.predictor.shape[1] > 1
-    few, more, many = error(8), error(40), error(160 if remembers else 400)  # others are of first order
-    # Four standard errors, of 0.0032 for the mean and the covariance, and as much for the steps.
-    assert max(many) < 0.025
-    assert sum(few) > sum(many)
-    assert max(more) < max(0.025, 0.7 * max(few))
-
-
-@stochastic
-def test_the_same_key_gives_the_same_samples_and_another_gives_others(solver):
-    schedule = SCHEDULES["vp_linear"]
+def test_samples_have_the_mean_and_covariance_of_their_table():
+    """The noise of the rows is standard normal, of each row anew, and in the table's strength."""
+    schedule, (noise_key, key) = PROBLEMS["vp_linear"], jax.random.split(jax.random.key(0))
     times = ed.grids.log_snr(schedule, 5)
-    x_T = initial_state(schedule, (4, 4, 4, 2))
-    sample = jax.jit(lambda key: ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver), key=key))
+    mean, covariance = moments_at(schedule, schedule.t_max)
+    x_T = mean + jax.random.normal(noise_key, (50_000, 2)) @ np.linalg.cholesky(covariance).T
+    plans = [ed.plan(schedule, times, solver) for solver, _ in STOCHASTIC.values()]
+    together = jax.jit(jax.vmap(lambda plan: ed.sample(gaussian(schedule), x_T, plan, key=key)))(ed.stack(plans))
+    for name, plan, x in zip(STOCHASTIC, plans, together, strict=True):
+        mean, covariance = moments_of_samples(schedule, plan)
+        spread = np.sqrt(np.diag(covariance))
+        # Four standard errors; that of a covariance is at most sqrt(2 / N) times the deviations of its coordinates.
+        np.testing.assert_allclose((np.mean(x, 0) - mean) / spread, 0, atol=4 * 0.0045, err_msg=name)
+        difference = (np.cov(x.T) - covariance) / np.outer(spread, spread)
+        np.testing.assert_allclose(difference, 0, atol=4 * 0.0064, err_msg=name)
+
+
+def test_the_same_key_gives_the_same_samples_and_another_gives_others():
+    schedule = SCHEDULES["vp_linear"]
+    x_T, times = initial_state(schedule, (4, 4, 4, 2)), ed.grids.log_snr(schedule, 5)
+    plans = [ed.plan(schedule, times, solver) for solver, _ in STOCHASTIC.values()]
+    stacked = ed.stack(plans)
+    sample = jax.jit(
+        lambda key: jax.vmap(lambda plan: ed.sample(mixture(schedule), x_T, plan, key=key))(stacked),
+    )
     x = sample(jax.random.key(1))
     chex.assert_trees_all_equal(x, sample(jax.random.key(1)))
-    assert np.max(np.abs(x - sample(jax.random.key(2)))) > 1e-3
-    with pytest.raises(ValueError, match="stochastic: pass key"):
-        ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver))
+    assert np.abs(x - sample(jax.random.key(2))).max(axis=(1, 2, 3, 4)).min() > 1e-3
+    for plan in plans:
+        with pytest.raises(ValueError, match="stochastic: pass key"):
+            jax.eval_shape(lambda plan=plan: ed.sample(mixture(schedule), x_T, plan))
 
 
 def adams_by_quadrature(schedule, times, x, denoise, memory):
@@ -105,45 +141,45 @@ def adams_by_quadrature(schedule, times, x, denoise, memory):
     return x
 
 
+COUNTERPARTS = [
+    (s.ddim(0.0), s.euler()),
+    (s.euler_ancestral(0.0), s.ddim()),
+    (s.ddim(1e-12), s.ddim()),
+    (s.sde_dpm_solver_pp(1, 0.0), s.ddim()),
+    (s.sde_dpm_solver_pp(2, 0.0), s.dpm_solver_pp(2)),
+    (s.sde_dpm_solver_pp(2, 1e-12), s.dpm_solver_pp(2)),
+    (s.sa_solver(1, 0, 0.0), s.ddim()),
+    (s.sa_solver(1, 0, lambda t: 0 * t), s.ddim()),
+    (s.sa_solver(2, 2, 1e-12), s.sa_solver(2, 2, 0.0)),
+    (s.sa_solver(3, 0, 0.0), s.dpm_solver_pp(3, exact_curvature=True)),
+    (s.heun(s_churn=0.0), s.heun()),
+    (s.heun(s_churn=10.0, s_tmin=1e6, s_tmax=1e7), s.heun()),
+]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(
-    ("solver", "counterpart"),
-    [
-        (s.ddim(0.0), s.euler()),
-        (s.euler_ancestral(0.0), s.ddim()),
-        (s.ddim(1e-12), s.ddim()),
-        (s.sde_dpm_solver_pp(1, 0.0), s.ddim()),
-        (s.sde_dpm_solver_pp(2, 0.0), s.dpm_solver_pp(2)),
-        (s.sde_dpm_solver_pp(2, 1e-12), s.dpm_solver_pp(2)),
-        (s.sa_solver(1, 0, 0.0), s.ddim()),
-        (s.sa_solver(1, 0, lambda t: 0 * t), s.ddim()),
-        (s.sa_solver(2, 2, 1e-12), s.sa_solver(2, 2, 0.0)),
-        (s.sa_solver(3, 0, 0.0), s.dpm_solver_pp(3, exact_curvature=True)),
-        (s.heun(s_churn=0.0), s.heun()),
-        (s.heun(s_churn=10.0, s_tmin=1e6, s_tmax=1e7), s.heun()),
-    ],
-    ids=lambda solver: solver.name,
-)
-def test_without_noise_each_is_its_deterministic_counterpart(name, solver, counterpart, x64):
-    schedule = SCHEDULES[name]
-    times = ed.grids.karras(schedule, 2 if solver.name == "sa_solver" else 7)  # two steps: the same starting orders
+def test_without_noise_each_is_its_deterministic_counterpart(name, x64):
+    """All of them in one program."""
+    schedule, plans = SCHEDULES[name], []
+    for pair in COUNTERPARTS:
+        steps = 2 if pair[0].name == "sa_solver" else 7  # two steps: the same starting orders
+        plans += [ed.plan(schedule, ed.grids.karras(schedule, steps), solver) for solver in pair]
     x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
-    x, expected = (
-        ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, which), key=jax.random.key(0))
-        for which in (solver, counterpart)
-    )
-    chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-10)
+    run = jax.jit(jax.vmap(lambda plan: ed.sample(mixture(schedule), x_T, plan, key=jax.random.key(0))))
+    x = run(ed.stack(plans))
+    for (solver, _), own, expected in zip(COUNTERPARTS, x[::2], x[1::2], strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-10, atol=1e-10, err_msg=solver.name)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_sa_solver_without_noise_is_adams_bashforth(order, x64):
-    schedule = SCHEDULES["vp_linear"]
+def test_sa_solver_without_noise_is_adams_bashforth(x64):
+    schedule, orders = SCHEDULES["vp_linear"], (1, 2, 3, 4)
     times = ed.grids.time_uniform(schedule, 7)
-    x_T = initial_state(schedule, (3, 4, 4, 2), jnp.float64)
-    solver = s.sa_solver(order, 0, 0.0, lower_order_final=False)
-    expected = adams_by_quadrature(schedule, times, x_T, mixture(schedule), order)
-    x = ed.sample(mixture(schedule), x_T, ed.plan(schedule, times, solver))
-    chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-10)
+    x_T, denoise = initial_state(schedule, (3, 4, 4, 2), jnp.float64), jax.jit(mixture(schedule))
+    plans = [ed.plan(schedule, times, s.sa_solver(order, 0, 0.0, lower_order_final=False)) for order in orders]
+    together = jax.jit(jax.vmap(lambda plan: ed.sample(denoise, x_T, plan)))(ed.stack(plans))
+    for order, x in zip(orders, together, strict=True):
+        expected = adams_by_quadrature(schedule, times, x_T, denoise, order)
+        np.testing.assert_allclose(x, expected, rtol=1e-10, atol=1e-10, err_msg=str(order))
 
 
 def test_churn_stays_below_the_first_level_and_inside_its_range(x64):
