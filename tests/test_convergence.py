@@ -27,6 +27,12 @@ VARIANTS = {
     "dpm_solver_pp(3, exact_curvature=True)": (s.dpm_solver_pp(3, exact_curvature=True), 3),
     "dpm_solver_pp(2, 'singlestep')": (s.dpm_solver_pp(2, "singlestep"), 2),
     "dpm_solver_pp(3, 'singlestep')": (s.dpm_solver_pp(3, "singlestep"), 3),
+    "dpm_solver_pp(2, variant='heun')": (s.dpm_solver_pp(2, variant="heun"), 2),
+    **{
+        f"{make.__name__}({order}, 'singlestep', variant='heun')": (make(order, "singlestep", variant="heun"), order)
+        for make in (s.dpm_solver, s.dpm_solver_pp)
+        for order in (2, 3)
+    },
     **{
         f"unipc({order}, {variant!r}, {prediction!r})": (s.unipc(order, variant, prediction), order + 1)
         for order in (1, 2, 3)
@@ -35,9 +41,10 @@ VARIANTS = {
         if s.unipc(order, variant, prediction) not in (s.unipc(2), s.unipc(3))
     },
     "deis(1)": (s.deis(1), 2),
-    **{f"deis({order}, 't-AB')": (s.deis(order, "t-AB"), order + 1) for order in (1, 2, 3)},
+    **{f"deis({order}, {v!r})": (s.deis(order, v), order + 1) for order in (1, 2, 3) for v in ("t-AB", "log-rho-AB")},
     "ipndm(1)": (s.ipndm(1), 1),
     **{f"ipndm_v({order})": (s.ipndm_v(order), order) for order in (1, 3)},
+    "sa_solver(2, 2, tau=0, variant='few_steps')": (s.sa_solver(2, 2, 0.0, variant="few_steps"), 2),
     "sa_solver(2, 0, tau=0)": (s.sa_solver(2, 0, 0.0), 2),
     "sa_solver(3, 0, tau=0)": (s.sa_solver(3, 0, 0.0), 3),
     "sa_solver(1, 2, tau=0)": (s.sa_solver(1, 2, 0.0), 2),
@@ -96,6 +103,8 @@ def test_every_deterministic_solver_has_its_nominal_order(x64, capsys):
 def test_ipndm_has_its_order_on_equal_steps(x64, capsys):
     schedule, steps = ed.schedules.edm(1e-3, 40.0), (800, 1600, 3200)
     nominal = {f"{f.__name__}({order})": (f(order), order) for f in (s.ipndm, s.ipndm_v) for order in (1, 2, 3, 4)}
+    for start in ("heun", "runge-kutta"):
+        nominal |= {f"ipndm({order}, start={start!r})": (s.ipndm(order, start=start), order) for order in (2, 3, 4)}
     found = errors([solver for solver, _ in nominal.values()], schedule, ed.grids.time_uniform, steps)
     rows = [(name, order, error) for (name, (_, order)), error in zip(nominal.items(), found, strict=True)]
     show(capsys, f"equal steps, {steps} steps", rows)

@@ -22,15 +22,18 @@ MULTISTEP = {
     **{f"dpm_solver {o}": s.dpm_solver(o) for o in (1, 2, 3)},
     "dpm_solver 3 exact": s.dpm_solver(3, exact_curvature=True),
     **{f"dpm_solver_pp {o}": s.dpm_solver_pp(o) for o in (1, 2, 3)},
+    **{f"dpm_solver {o} heun": s.dpm_solver(o, variant="heun") for o in (2, 3)},
+    **{f"dpm_solver_pp {o} heun": s.dpm_solver_pp(o, variant="heun") for o in (2, 3)},
     "dpm_solver_pp 3 full": s.dpm_solver_pp(3, lower_order_final=False),
     "dpm_solver_pp 3 euler": s.dpm_solver_pp(3, lower_order_final=False, euler_at_final=True),
     **{f"unipc {o} {v} {p}": s.unipc(o, v, p) for o in (1, 2, 3) for v in ("bh1", "bh2") for p in ("data", "epsilon")},
     "unipc 3 full": s.unipc(3, lower_order_final=False),
-    **{f"deis {o} {v}": s.deis(o, v) for o in (1, 2, 3) for v in ("rho-AB", "t-AB")},
+    **{f"deis {o} {v}": s.deis(o, v) for o in (1, 2, 3) for v in ("rho-AB", "t-AB", "log-rho-AB")},
     "deis 3 lower": s.deis(3, "t-AB", lower_order_final=True),
     **{f"ipndm {o}": s.ipndm(o) for o in (1, 2, 3, 4)},
     **{f"ipndm_v {o}": s.ipndm_v(o) for o in (1, 2, 3, 4)},
     **{f"sa_solver {p} {c}": s.sa_solver(p, c, 0.0) for p in (1, 2, 4) for c in (0, 1, 2, 4)},
+    "sa_solver 2 2 few_steps": s.sa_solver(2, 2, 0.0, variant="few_steps"),
 }
 SINGLESTEP = {
     "dpm_solver 2S": s.dpm_solver(2, "singlestep"),
@@ -38,6 +41,11 @@ SINGLESTEP = {
     "dpm_solver_pp 2S": s.dpm_solver_pp(2, "singlestep"),
     "dpm_solver_pp 3S": s.dpm_solver_pp(3, "singlestep"),
     "dpm_solver_pp 3S full": s.dpm_solver_pp(3, "singlestep", lower_order_final=False),
+    "dpm_solver 2S heun": s.dpm_solver(2, "singlestep", variant="heun"),
+    "dpm_solver_pp 3S heun": s.dpm_solver_pp(3, "singlestep", variant="heun"),
+    "ipndm 4 from heun": s.ipndm(4, start="heun"),
+    "ipndm 4 from runge-kutta": s.ipndm(4, start="runge-kutta"),
+    "ipndm 2 from runge-kutta": s.ipndm(2, True, True, start="runge-kutta"),
     "heun": s.heun(),
     "heun euler": s.heun(lower_order_final=True),
     "dpm_2": s.dpm_2(),
@@ -110,6 +118,11 @@ def test_multistep_solvers_call_the_model_once_a_step(name):
         (s.dpm_solver(3, "singlestep"), {1: 1, 2: 3, 3: 6, 5: 12}),
         (s.dpm_solver_pp(3, "singlestep", lower_order_final=False), {1: 3, 5: 15}),
         (s.dpm_solver_pp(3, "singlestep", lower_order_final=False, euler_at_final=True), {1: 1, 5: 13}),
+        (s.ipndm(4, start="heun"), {1: 2, 2: 3, 5: 6}),
+        (s.ipndm(4, start="heun", euler_at_final=True), {1: 1, 2: 3, 5: 6}),
+        (s.ipndm(4, start="runge-kutta"), {1: 4, 2: 8, 3: 12, 5: 14}),
+        (s.ipndm(4, start="runge-kutta", lower_order_final=True), {3: 3, 4: 7, 5: 11, 6: 15}),
+        (s.ipndm(2, start="runge-kutta"), {1: 4, 2: 5, 5: 8}),
         (s.heun(), {1: 2, 5: 10}),
         (s.heun(lower_order_final=True), {1: 1, 5: 9}),
         (s.dpm_2(), {1: 2, 5: 10}),
@@ -180,7 +193,7 @@ def test_traced_times_that_end_at_sigma_0_give_the_samples_of_concrete_ones(solv
     """Rows that only traced times keep, for calls at sigma = 0, change nothing."""
     schedule, x_T = ed.schedules.edm(0.0, 80.0), initial_state(ed.schedules.edm(), (2, 3), jnp.float64)
     for times in ([80.0, 0.0], [80.0, 5.0, 0.5, 0.0]):
-        make = lambda times: ed.plan(schedule, times, solver, max_calls=9)
+        make = lambda times: ed.plan(schedule, times, solver, max_calls=12)
         chex.assert_trees_all_close(
             run_wide(x_T, jax.jit(make)(np.array(times))), run_wide(x_T, make(times)), rtol=1e-9, atol=1e-9
         )
@@ -207,7 +220,9 @@ STOCHASTIC = {
     "ddim 0.5": s.ddim(0.5),
     "sde_dpm_solver_pp 1": s.sde_dpm_solver_pp(1),
     "sde_dpm_solver_pp 2": s.sde_dpm_solver_pp(2),
+    "sde_dpm_solver_pp 3": s.sde_dpm_solver_pp(3),
     "sa_solver": s.sa_solver(),
+    "sa_solver few_steps": s.sa_solver(variant="few_steps"),
     "heun churned": s.heun(s_churn=10.0),
 }
 
@@ -297,6 +312,21 @@ def test_traced_options_and_what_is_no_number_are_errors_that_name_them(make, me
         jax.jit(make)(1)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_same_method_under_two_names_has_one_table(name):
+    """Exact weights in lambda: of the noise prediction DEIS's in log kappa, of the data prediction SA-Solver's."""
+    schedule = SCHEDULES[name]
+    times = ed.grids.karras(schedule, 6)
+    for one, other in (
+        (s.dpm_solver(2, lower_order_final=False, variant="heun"), s.deis(1, "log-rho-AB")),
+        (s.dpm_solver(3, "multistep", False, False, True, "heun"), s.deis(2, "log-rho-AB")),
+        (s.dpm_solver_pp(3, exact_curvature=True, variant="heun"), s.sa_solver(3, 0, 0.0)),
+        (s.sde_dpm_solver_pp(2, 0.7, variant="heun"), s.sa_solver(2, 0, 0.7)),
+        (s.ipndm(1, start="heun"), s.ipndm(1)),
+    ):
+        chex.assert_trees_all_close(one.table(schedule, times), other.table(schedule, times), rtol=1e-10, atol=1e-14)
+
+
 def test_euler_is_ddim_under_another_name():
     assert s.euler() is s.ddim()
     assert s.euler_ancestral() is s.ddim(1.0)
@@ -333,14 +363,18 @@ def test_weights_integrate_polynomials_exactly():
         (lambda: s.dpm_solver_pp(2.0), "order of 1 to 3, got 2.0"),
         (lambda: s.dpm_solver_pp(True), "order of 1 to 3, got True"),
         (lambda: s.dpm_solver_pp(2, method="single"), "method to be one of 'multistep', 'singlestep', got 'single'"),
-        (lambda: s.sde_dpm_solver_pp(3), "order of 1 to 2, got 3"),
+        (lambda: s.dpm_solver(2, variant="taylor"), "variant to be one of 'midpoint', 'heun', got 'taylor'"),
+        (lambda: s.sde_dpm_solver_pp(4), "order of 1 to 3, got 4"),
+        (lambda: s.sde_dpm_solver_pp(2, variant="Heun"), "variant to be one of 'midpoint', 'heun', got 'Heun'"),
         (lambda: s.sde_dpm_solver_pp(2, -1.0), "tau >= 0, got -1.0"),
         (lambda: s.unipc(4), "order of 1 to 3, got 4"),
         (lambda: s.unipc(2, "bh3"), "variant to be one of 'bh1', 'bh2', got 'bh3'"),
         (lambda: s.unipc(2, prediction="noise"), "prediction to be one of 'data', 'epsilon', got 'noise'"),
         (lambda: s.deis(4), "order of 1 to 3, got 4"),
-        (lambda: s.deis(2, "AB"), "variant to be one of 'rho-AB', 't-AB', got 'AB'"),
+        (lambda: s.deis(2, "AB"), "variant to be one of 'rho-AB', 't-AB', 'log-rho-AB', got 'AB'"),
         (lambda: s.ipndm(5), "order of 1 to 4, got 5"),
+        (lambda: s.ipndm(4, start="rk"), "start to be one of 'adams-bashforth', 'runge-kutta', 'heun', got 'rk'"),
+        (lambda: s.sa_solver(variant="few"), "variant to be one of 'more_steps', 'few_steps', got 'few'"),
         (lambda: s.heun(s_churn=-1.0), "s_churn=-1.0"),
         (lambda: s.heun(s_tmin=2.0, s_tmax=1.0), "s_tmin <= s_tmax"),
         (lambda: s.sa_solver(5), "predictor needs an order of 1 to 4"),

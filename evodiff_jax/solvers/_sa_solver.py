@@ -19,26 +19,29 @@ def sa_solver(
     tau: float | Callable[[Any], Any] = 1.0,
     lower_order_final: bool = True,
     euler_at_final: bool = False,
+    variant: str = "more_steps",
 ) -> Solver:
     """SA-Solver: stochastic Adams-Bashforth predictor and Adams-Moulton corrector for the data prediction.
 
     The corrector uses the predictor's own noise, so it is a change of the state by outputs alone and fits the table.
-    The last step, at whose end no call is made, is not corrected. The weights are the paper's; its code's extra term
-    of third order in the two-step predictor is left out.
+    The last step, at whose end no call is made, is not corrected.
 
     Args:
       predictor_order: the number of outputs that predict, 1 to 4.
       corrector_order: the number of outputs that correct, the one at the step's end among them, 1 to 4; 0 for none.
       tau: the noise relative to that of the reverse SDE: 0 for the ODE, 1 for the SDE; or a function of time,
         elementwise, taken at each step's end (the paper has noise at intermediate levels only).
-      lower_order_final: the predictor's order in step i of N is at most N + 1 - i.
+      lower_order_final: step i of N is predicted with N + 1 - i outputs at most and corrected with one more.
       euler_at_final: the last step alone is of first order.
+      variant: the weights where two outputs predict or correct, by the names of the public release's two modes:
+        "more_steps", those of the paper, or "few_steps", which integrates the slope between the outputs with the
+        uniform density: h / 2 for the moment of first order, h the step in lambda. The two differ by O(h^3) a step.
 
     Returns:
       The solver, which needs a key unless tau is the number 0. NFE: N for N steps.
 
     Raises:
-      ValueError: for other orders or a negative tau.
+      ValueError: for other orders or another variant, or a negative tau.
 
     References:
       Xue, Yi, Luo, Zhang, Sun, Li, Ma, "SA-Solver", arXiv 2309.05019, algorithm 1, Eqs. 14 and 17.
@@ -46,6 +49,7 @@ def sa_solver(
     quadrature.check_order("sa_solver's predictor", predictor_order, 4)
     if corrector_order != 0:
         quadrature.check_order("sa_solver's corrector", corrector_order, 4)
+    quadrature.check_choice("sa_solver", "variant", variant, ("more_steps", "few_steps"))
     if not callable(tau) and not tau >= 0:
         raise ValueError(f"sa_solver needs tau >= 0 or a function of time, got {tau}")
     table = functools.partial(
@@ -55,6 +59,7 @@ def sa_solver(
         tau=tau,
         lower_order_final=lower_order_final,
         euler_at_final=euler_at_final,
+        variant=variant,
     )
     return Solver("sa_solver", table)
 
@@ -67,20 +72,27 @@ def _table(
     tau: float | Callable[[Any], Any],
     lower_order_final: bool,
     euler_at_final: bool,
+    variant: str,
 ) -> Table:
     levels = schedule.levels(times)
     steps = quadrature.data_steps(*quadrature.ends(levels), _amounts(tau, times[1:]))
     moments = quadrature.exponential_moments(steps.exponent, 4)
+    of_two = [moments[0], 0.5 / quadrature.phi(1, steps.exponent)] if variant == "few_steps" else moments
     past = quadrature.past_nodes(quadrature.finite(levels.lambda_), max(predictor_order, corrector_order - 1))
     orders = quadrature.multistep_orders(times, predictor_order, lower_order_final, euler_at_final, levels.sigma[-1])
-    predictors = [quadrature.weights(past[:k], moments) for k in range(1, predictor_order + 1)]
+    predictors = [quadrature.weights(past[:k], of_two if k == 2 else moments) for k in range(1, predictor_order + 1)]
     memory = max(predictor_order, corrector_order - 1)
     predictor = quadrature.by_order(orders, predictors, memory)
     if corrector_order == 0:
         return quadrature.multistep_table(times, steps, predictor)
     # The first step has two outputs to correct with.
-    points = np.minimum(corrector_order, np.arange(times.shape[0] - 1) + 2)
-    correctors = [quadrature.weights([1.0, *past[: k - 1]], moments) for k in range(1, corrector_order + 1)]
+    count = times.shape[0] - 1
+    points = np.minimum(corrector_order, np.arange(count) + 2)
+    if lower_order_final:
+        points = np.minimum(points, count + 1 - np.arange(count))
+    correctors = [
+        quadrature.weights([1.0, *past[: k - 1]], of_two if k == 2 else moments) for k in range(1, corrector_order + 1)
+    ]
     return quadrature.multistep_table(times, steps, predictor, quadrature.by_order(points, correctors, memory + 1))
 
 
