@@ -1,6 +1,8 @@
+import ast
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import nbclient
 import nbformat
 import pytest
 from PIL import Image
+from test_readme import resolved
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "colab").glob("*.ipynb"))
 
@@ -40,6 +43,19 @@ def test_committed_without_outputs(path):
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_is_python_and_names_what_the_library_has(path):
+    """What can be told without running it."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith(("!", "%")))
+    ast.parse(code)
+    names = set(re.findall(r"\b(?:ed|evodiff_jax)(?:\.[A-Za-z_]\w*)+", code))
+    assert len(names) > 5
+    for name in names:
+        resolved(name)
+
+
+@pytest.mark.slow
 def test_quickstart_runs(kernel, tmp_path):
     path = next(path for path in NOTEBOOKS if path.stem == "quickstart")
     notebook = nbformat.read(path, as_version=4)

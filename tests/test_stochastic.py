@@ -198,3 +198,11 @@ def test_churn_stays_below_the_first_level_and_inside_its_range(x64):
     np.testing.assert_allclose(starts[inside], raised[inside])
     np.testing.assert_allclose(table.noise[1::2][:-1], np.sqrt(starts**2 - times[:-1] ** 2)[1:], atol=1e-12)
     np.testing.assert_allclose(table.noise[::2], 0)
+
+
+def test_churn_raises_the_level_by_its_share_of_a_step(x64):
+    """By s_churn / N of N steps, and never above the first level of the run."""
+    schedule = SCHEDULES["edm"]
+    times = ed.grids.log_snr(schedule, 40)
+    starts = s.heun(s_churn=10.0).table(schedule, times).time[::2]
+    np.testing.assert_allclose(starts, np.minimum(1.25 * times[:-1], times[0]), rtol=1e-12)

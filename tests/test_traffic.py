@@ -40,7 +40,7 @@ def test_forward_traffic_of_exact_and_padded_plans(name, optimized):
 GRADIENT = {"dpm_solver_pp-2": (24, 6), "unipc-2": (32, 9), "ipndm-4": (40, 12), "evodiff": (73, 68)}
 
 
-@pytest.mark.parametrize("name", GRADIENT)
+@pytest.mark.parametrize("name", [*list(GRADIENT)[:-1], pytest.param("evodiff", marks=pytest.mark.slow)])
 def test_traffic_and_memory_of_gradients(name, optimized):
     plan = ed.plan(SCHEDULE, TIMES, FORMS[name].make())
     found = traffic.cost(traffic.gradient_of(traffic.sampler(plan)), STATE)

@@ -94,7 +94,19 @@ def test_every_epoch_shows_every_image_once():
     chex.assert_shape(training.batch_indices(0, 7, 6, 20), (6,))  # 20 is no multiple of 6: the rest is left out
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dataset, monkeypatch):
+SMALL_CLASSIFIER = ClassifierConfig(image_shape=(8, 8, 1), num_classes=2, widths=(8,), features=8, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("network", "load"),
+    [
+        (SMALL_CLASSIFIER, pretrained.load_classifier),
+        pytest.param(NETWORK, pretrained.load, marks=pytest.mark.slow),
+    ],
+    ids=["classifier", "diffusion model"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dataset, monkeypatch, network, load):
+    config = dataclasses.replace(CONFIG, network=network)
     write = training.write_checkpoint
 
     def write_and_keep_the_first(config, state, out, facts):
@@ -104,18 +116,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dataset, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_checkpoint", write_and_keep_the_first)
-        training.train(CONFIG, dataset, tmp_path / "whole")
-    assert pretrained.load(tmp_path / "resumed" / training.MODEL_FILE).metadata["steps"] == 3
-    training.train(CONFIG, dataset, tmp_path / "resumed", resume=True)
+        training.train(config, dataset, tmp_path / "whole")
+    model = load(tmp_path / "resumed" / training.MODEL_FILE)
+    assert model.metadata["steps"] == 3
+    training.train(config, dataset, tmp_path / "resumed", resume=True)
     runs = [tmp_path / "whole", tmp_path / "resumed"]
     states = [checkpoint.load(run / training.STATE_FILE, kind="training state").arrays for run in runs]
     chex.assert_trees_all_equal(*states)
     assert states[0]["step"] == 6
-    exported = [pretrained.load(run / training.MODEL_FILE) for run in runs]
+    exported = [load(run / training.MODEL_FILE) for run in runs]
     chex.assert_trees_all_equal(exported[0].params, exported[1].params)
     assert exported[0].metadata["steps"] == 6
+    assert any(
+        np.any(old != new) for old, new in zip(*map(jax.tree.leaves, (model.params, exported[1].params)), strict=True)
+    )
 
 
+@pytest.mark.slow
 def test_a_tiny_network_learns_a_tiny_set(tmp_path, dataset):
     config = training.TrainConfig(
         network=NETWORK, steps=600, batch=12, learning_rate=1e-2, warmup=20, checkpoint_every=600, sigma_data=SIGMA_DATA
@@ -127,9 +144,6 @@ def test_a_tiny_network_learns_a_tiny_set(tmp_path, dataset):
     x0 = jax.jit(model.denoise)(model.params, noise, jnp.float32(80.0), label)
     error = jnp.mean(jnp.square(x0 - dataset.images[:2]))
     assert error < 0.1 * SIGMA_DATA**2
-
-
-SMALL_CLASSIFIER = ClassifierConfig(image_shape=(8, 8, 1), num_classes=2, widths=(8,), features=8, dropout=0.0)
 
 
 def test_averaged_weights_follow_the_power_function(dataset):

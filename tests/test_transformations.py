@@ -21,6 +21,12 @@ KINDS = ("evodiff", "variance_optimal", "unipc-2", "heun", "ddim")
 solvers = pytest.mark.parametrize("name", KINDS)
 
 
+def but_slow(*quick, names=KINDS):
+    """All of the solvers, of which the quick ones alone are among the default tests."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in names if name not in quick]
+    return pytest.mark.parametrize("name", [*quick, *slow])
+
+
 def plan_of(name, steps, **options):
     return ed.plan(EDM, ed.grids.log_snr(EDM, steps), FORMS[name].make(), **options)
 
@@ -40,7 +46,7 @@ def temporary_states(name, steps, remat):
     return compiled.memory_analysis().temp_size_in_bytes / STATE_BYTES
 
 
-@solvers
+@but_slow("ddim")
 def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_steps(name, optimized):
     few, many = (temporary_states(name, steps, remat=True) for steps in (9, 100))
     kept = temporary_states(name, 100, remat=False)
@@ -49,7 +55,7 @@ def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_step
     assert kept > 40 * 100
 
 
-@solvers
+@but_slow("unipc-2", "evodiff")
 def test_x_t_can_be_donated(name, optimized):
     plan = plan_of(name, 4)
     run = lambda x: ed.sample(lambda x, t: x / (1 + t**2), x, plan)
@@ -62,7 +68,7 @@ def test_x_t_can_be_donated(name, optimized):
     np.testing.assert_array_equal(x, kept)
 
 
-def on_eight_devices(code):
+def on_eight_devices(names, code):
     """The output of a program that sees eight CPU devices."""
     start = """
         import os
@@ -78,14 +84,24 @@ def on_eight_devices(code):
         assert jax.device_count() == 8
         jax.config.update("jax_disable_most_optimizations", True)
     """
-    code = textwrap.dedent(start) + textwrap.dedent(code)
+    code = textwrap.dedent(start) + names + textwrap.dedent(code)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
-def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_same_samples():
-    out = on_eight_devices("""
+@pytest.mark.parametrize(
+    ("solvers", "forms"),
+    [
+        ("s.unipc(3),", 1),
+        pytest.param("s.evodiff(), s.variance_optimal(), s.sde_dpm_solver_pp(2)", 5, marks=pytest.mark.slow),
+    ],
+    ids=["quick", "rules and noise"],
+)
+def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_same_samples(solvers, forms):
+    out = on_eight_devices(
+        f"names = lambda s: ({solvers})\n",
+        """
         mesh = Mesh(np.array(jax.devices()), ("batch",))
         split, whole = (NamedSharding(mesh, P(*axes)) for axes in (("batch",), ()))
         schedule = ed.schedules.vp_linear()
@@ -111,8 +127,7 @@ def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_sam
 
             return run
 
-        s = ed.solvers
-        for solver in (s.evodiff(), s.variance_optimal(), s.unipc(3), s.sde_dpm_solver_pp(2)):
+        for solver in names(ed.solvers):
             plan = ed.plan(schedule, times, solver, max_calls=8)
             for batched in (True, False) if solver.rule else (True,):
                 run = sampler(plan, batched)
@@ -126,13 +141,24 @@ def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_sam
                 assert len(x.sharding.device_set) == 8 and x.addressable_shards[0].data.shape == (2, 8, 8, 3)
                 np.testing.assert_allclose(x, alone, rtol=2e-5, atol=2e-5)
                 print(solver.name)
-    """)
-    assert len(out.split()) == 6
+    """,
+    )
+    assert len(out.split()) == forms
 
 
-def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples():
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["sa_solver"],
+        pytest.param(["ddim", "heun", "unipc-2", "ipndm-4", "evodiff", "variance_optimal"], marks=pytest.mark.slow),
+    ],
+    ids=["quick", "others"],
+)
+def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples(names):
     """With JAX's default checks: every carry of the loop has the type of the state."""
-    out = on_eight_devices("""
+    out = on_eight_devices(
+        f"names = {names}\n",
+        """
         schedule = ed.schedules.edm()
         times = ed.grids.log_snr(schedule, 4)
         keys = jax.random.split(jax.random.key(2), 8)
@@ -146,7 +172,7 @@ def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples():
             equal = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=name)
             jax.tree.map(equal, actual, expected)
 
-        for name in ("ddim", "heun", "unipc-2", "ipndm-4", "evodiff", "variance_optimal", "sa_solver"):
+        for name in names:
             plan = ed.plan(schedule, times, ed.solvers.FORMS[name].make(), max_calls=10)
             x = ed.sample(denoise, x_T, plan, key=keys)
             traced = ed.sample_with_trace(denoise, x_T, plan, key=keys, on_state=hook)
@@ -176,11 +202,12 @@ def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples():
             each = jax.pmap(lambda x, key: ed.sample(denoise, x, plan, key=key))
             close(name, each(x_T[:, None], keys[:, None])[:, 0], x)
             print(name)
-    """)
-    assert len(out.split()) == 7
+    """,
+    )
+    assert out.split() == names
 
 
-@pytest.mark.parametrize("name", [*KINDS, "sa_solver"])
+@but_slow("evodiff", "variance_optimal", "sa_solver")
 def test_a_sampler_of_plans_is_exported_for_every_platform_and_read_back(name):
     """Lowering for TPUs and GPUs needs neither."""
     export = pytest.importorskip("jax.export")
@@ -209,7 +236,7 @@ def test_a_rule_of_a_closure_is_not_exported():
         export.export(run)(jnp.ones((2, 3)), plan).serialize()
 
 
-@pytest.mark.parametrize("name", [*KINDS, "sa_solver"])
+@but_slow("unipc-2", "sa_solver")
 def test_it_runs_under_jaxs_debugging_switches(name):
     key, x_T = jax.random.key(0), initial_state(EDM, (2, 4, 4, 3))
     plan = jax.tree.map(jnp.asarray, plan_of(name, 4, max_calls=9))
@@ -238,14 +265,18 @@ def test_tables_are_never_rounded_to_bfloat16(name):
     assert sum("multiply" in line for line in in_bfloat16) == 1  # the network's own
 
 
-@pytest.mark.parametrize("network_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", SOLVERS)
-def test_the_last_step_is_finite_where_sigma_ends_at_0(name, network_dtype):
+@pytest.mark.parametrize(
+    ("network_dtype", "dtype"), [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)]
+)
+def test_the_last_step_is_finite_where_sigma_ends_at_0(network_dtype, dtype):
+    """Of every deterministic family; those without a rule side by side."""
     schedule = ed.schedules.edm(0.0, 80.0)
-    plan = ed.plan(schedule, np.append(ed.grids.karras(EDM, 4), 0.0), SOLVERS[name]())
+    plans = [ed.plan(schedule, np.append(ed.grids.karras(EDM, 4), 0.0), make()) for make in SOLVERS.values()]
     network = lambda x, t: (x / (1 + t**2)).astype(network_dtype)
     denoise = ed.denoisers.from_prediction(network, schedule, "data")
-    for dtype in (jnp.float32, jnp.bfloat16):
-        x = ed.sample(denoise, initial_state(schedule, (2, 4, 4, 2), dtype), plan)
+    run = lambda plan: ed.sample(denoise, initial_state(schedule, (2, 4, 4, 2), dtype), plan)
+    linear, ruled = ([plan for plan in plans if (plan.rule is None) == without] for without in (True, False))
+    assert len(linear) == 9
+    for x in (*jax.jit(jax.vmap(run))(ed.stack(linear)), *map(jax.jit(run), ruled)):
         assert x.dtype == dtype
         assert np.isfinite(x.astype(jnp.float32)).all()
