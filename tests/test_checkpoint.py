@@ -10,6 +10,8 @@ import safetensors.numpy
 from evodiff_jax import pretrained
 from evodiff_jax.pretrained import checkpoint
 
+pytestmark = pytest.mark.fast
+
 TREE = {
     "layer": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4).T, "bias": np.float32([0.1, -2.5])},
     "step": np.int32(7),

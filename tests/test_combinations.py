@@ -17,6 +17,8 @@ from evodiff_jax.denoisers import (
     from_prediction,
 )
 
+pytestmark = pytest.mark.fast
+
 VP = SCHEDULES["vp_linear"]
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 2)).astype(np.float32)
 LABEL = np.array([1.0, 2.0], np.float32)

@@ -7,6 +7,8 @@ import pytest
 
 from evodiff_jax.denoisers import clip, dynamic_threshold
 
+pytestmark = pytest.mark.fast
+
 M = 2 * jax.random.normal(jax.random.key(0), (6, 8, 8, 3)) * jnp.arange(6)[:, None, None, None] / 3
 identity = lambda x, t: x
 

@@ -6,6 +6,8 @@ import pytest
 
 from evodiff_jax.evaluation.data import CLASS_NAMES, load_fashion_mnist, read_idx
 
+pytestmark = pytest.mark.fast
+
 
 def idx_bytes(array: np.ndarray, kind: int = 8) -> bytes:
     header = bytes([0, 0, kind, array.ndim])

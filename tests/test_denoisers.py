@@ -36,6 +36,7 @@ def test_one_network_written_in_six_forms_gives_the_same_samples(solver, x64):
         np.testing.assert_allclose(other, first, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "schedule",
     [SCHEDULES["edm"], FLOW, ed.schedules.sub_vp(), DISCRETE],
@@ -91,6 +92,7 @@ def time_seen(schedule, prediction, t, **options):
     return seen[0]
 
 
+@pytest.mark.fast
 def test_networks_see_the_time_they_were_trained_with():
     edm = SCHEDULES["edm"]
     assert time_seen(VP, "epsilon", 0.25) == 0.25
@@ -105,6 +107,7 @@ def test_networks_see_the_time_they_were_trained_with():
     np.testing.assert_allclose(time_seen(VP, "v", 0.3, time=lambda t: 1000 * t - 1), 299, rtol=1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("t", "index"), [(0.0, 0), (498.4, 498), (498.6, 499), (999.0, 999), (-1.0, 0)])
 def test_the_nearest_index_and_the_interpolated_one(t, index):
     schedule = ed.schedules.discrete(ed.schedules.scaled_linear_betas(), t_min=-1)

@@ -135,6 +135,7 @@ def test_the_rest_is_drawn_to_fit_the_known_region():
     assert np.mean(np.sign(x[:, 1]) == sign) > 0.8
 
 
+@pytest.mark.fast
 def test_masks_and_known_regions_broadcast():
     x = jnp.zeros(SHAPE)
     for mask in (MASK, np.broadcast_to(MASK, (1, 4, 4, 1)), jnp.broadcast_to(MASK, SHAPE), MASK[:, :, 0, None]):
@@ -184,6 +185,7 @@ def test_inversion_finds_the_noise_and_comes_back_as_steps_get_small(names, x64)
         assert all(new < old / (3 if first_order else 8) for old, new in zip(few, many, strict=True)), name
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["unipc-2", "variance_optimal"])
 def test_inversion_is_the_run_upwards(name, x64):
     x_0, times = initial_state(NARROW, SHAPE, jnp.float64) / 10, ed.grids.log_snr(NARROW, 8)
@@ -197,6 +199,7 @@ def test_inversion_is_the_run_upwards(name, x64):
 # ---- interpolation
 
 
+@pytest.mark.fast
 def test_slerp_walks_the_great_circle():
     a, b = jnp.array([[3.0, 0.0], [0.0, 2.0]]), jnp.array([[0.0, 3.0], [-2.0, 0.0]])
     np.testing.assert_allclose(slerp(a, b, 0.0), a, atol=1e-6)

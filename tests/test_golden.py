@@ -11,6 +11,8 @@ from exact_models import GOLDEN, RUNS, SCHEDULES, mixture
 
 import evodiff_jax as ed
 
+pytestmark = pytest.mark.fast
+
 # Where the outputs scarcely change from step to step, zeta and eta are ratios of the squares of tiny differences, and
 # outputs computed in float32 do not determine them to 1e-4: see the test of what such outputs alone do.
 ILL_CONDITIONED = {"edm/log_snr/25", "vp_linear/time_uniform/25"}

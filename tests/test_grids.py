@@ -10,6 +10,8 @@ from exact_models import SCHEDULES
 import evodiff_jax as ed
 from evodiff_jax.grids import GRIDS
 
+pytestmark = pytest.mark.fast
+
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
 

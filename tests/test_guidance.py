@@ -9,6 +9,8 @@ from exact_models import SCHEDULES, initial_state
 import evodiff_jax as ed
 from evodiff_jax.denoisers import classifier_free_guidance, classifier_guidance, counted, from_prediction
 
+pytestmark = pytest.mark.fast
+
 EDM = SCHEDULES["edm"]
 X = jax.random.normal(jax.random.key(0), (2, 5))
 CONDITION, NULL = jnp.array([2.0, 3.0]), jnp.array([0.5, -1.0])

@@ -60,6 +60,7 @@ def model():
 # EDM preconditioning
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.7, 5.0, 80.0])
 def test_input_and_target_have_unit_variance(sigma):
     x0 = SIGMA_DATA * normal(0, (200_000,))
@@ -79,6 +80,7 @@ def test_limits_of_the_denoiser():
     np.testing.assert_allclose(denoise(x, 1e6), SIGMA_DATA * (jnp.log(1e6) / 4) * jnp.ones_like(x), rtol=1e-4)
 
 
+@pytest.mark.fast
 def test_sigma_of_each_image():
     x, sigma = normal(0, (3, 4, 4, 1)), jnp.asarray([0.1, 1.0, 10.0], jnp.float32)
     seen = []

@@ -9,6 +9,8 @@ from test_architecture import LAYERS
 
 import evodiff_jax as ed
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [

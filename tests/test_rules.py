@@ -88,6 +88,7 @@ def test_bfloat16_runs_are_finite(name, axis):
 # -- ends of schedules
 
 
+@pytest.mark.fast
 @rules
 def test_a_last_step_to_sigma_0_returns_the_models_own_prediction(name):
     x_T, schedule = initial_state(EDM, SHAPE), ed.schedules.edm(0.0)
@@ -110,6 +111,7 @@ def test_a_run_of_one_step_is_ddim(schedule, x64):
 # -- samples and channels
 
 
+@pytest.mark.fast
 @rules
 def test_samples_of_a_batch_do_not_depend_on_each_other(name, x64):
     """The others are other samples, in another order."""

@@ -156,6 +156,7 @@ def test_without_jit_it_is_the_same(name, x64):
     chex.assert_trees_all_close(x, reference(name), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.fast
 @kinds
 def test_a_loop_of_ones_own_is_the_same(name, x64):
     plan = plan_of(name, denoise_to_zero=True, max_calls=20)
@@ -276,6 +277,7 @@ def test_vmap_over_runs_and_over_plans(name, x64):
         chex.assert_trees_all_close(x, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.fast
 def test_stacked_plans_may_differ_in_length_memory_history_and_noise(x64):
     runs = [
         ("ddim", 3, True, None),
@@ -414,6 +416,7 @@ def test_one_key_a_sample_makes_each_sample_its_own(name):
     chex.assert_trees_all_close(now.x, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.fast
 def test_raw_keys_are_keys_too():
     plan = plan_of("ancestral", max_calls=MAX_CALLS)
     for old, new in (
@@ -423,6 +426,7 @@ def test_raw_keys_are_keys_too():
         chex.assert_trees_all_equal(run(state(), plan, old), run(state(), plan, new))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("key", "error", "message"),
     [
@@ -626,6 +630,7 @@ def test_leaves_keep_dtypes_of_their_own(strict_promotion):
 # -- the registry
 
 
+@pytest.mark.fast
 def test_the_registry_tells_what_its_solvers_do():
     for name, form in FORMS.items():
         plan = ed.plan(EDM, ed.grids.log_snr(EDM, 7), form.make())

@@ -65,6 +65,7 @@ def run_all(solvers, denoise, x_T, runs):
     return dict(zip(keys, x, strict=True))
 
 
+@pytest.mark.fast
 def test_a_constant_model_gives_its_constant_on_every_grid_and_at_every_number_of_steps(x64):
     schedule = ed.schedules.edm(0.0, 80.0)
     runs = {f"time_uniform {n}": (schedule, ed.grids.time_uniform(schedule, n)) for n in (1, 2, 3, 4, 5, 9)}
@@ -104,6 +105,7 @@ def test_with_fewer_steps_than_its_order_a_solver_lowers_it(order, x64):
     chex.assert_trees_all_close(x[::2], x[1::2], rtol=1e-10)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", list(MULTISTEP))
 def test_multistep_solvers_call_the_model_once_a_step(name):
     for steps in (1, 2, 5, 8):
@@ -111,6 +113,7 @@ def test_multistep_solvers_call_the_model_once_a_step(name):
         np.testing.assert_array_equal(MULTISTEP[name].table(SCHEDULES["vp_linear"], times).time, times[:-1])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("solver", "calls"),
     [
@@ -143,6 +146,7 @@ def test_a_last_step_to_sigma_0_costs_heun_one_call_less(end):
         assert ed.plan(schedule, times, solver).calls == (9 if end == 0 else 10)
 
 
+@pytest.mark.fast
 def test_the_options_for_the_last_steps_mean_the_same_everywhere():
     """lower_order_final: step i of N has order at most N + 1 - i; euler_at_final: the last step is DDIM's."""
     schedule = SCHEDULES["vp_linear"]
@@ -254,6 +258,7 @@ STOCHASTIC = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", [*DATA, *STOCHASTIC])
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_tables_from_alpha_0_to_sigma_0_are_finite_and_made_without_warnings(name, steps):
@@ -267,6 +272,7 @@ def test_tables_from_alpha_0_to_sigma_0_are_finite_and_made_without_warnings(nam
         assert solver.name == "heun" or table.transition[-1] == 0  # the last data prediction is all that is left
 
 
+@pytest.mark.fast
 def test_zero_terminal_snr_is_for_data_prediction_solvers():
     """alpha = 0 at t_max: the data prediction solvers start there, the noise prediction solvers say that they can't."""
     schedule = ed.NoiseSchedule(lambda t: 1.0 - t, lambda t: t, t_min=0.01, t_max=1.0)
@@ -358,6 +364,7 @@ def test_euler_is_ddim_under_another_name():
     assert s.euler_ancestral() is s.ddim(1.0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_phi_functions(k, x64):
     """Against their integrals, on both sides of the switch to the series."""
@@ -371,6 +378,7 @@ def test_phi_functions(k, x64):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.fast
 def test_weights_integrate_polynomials_exactly():
     rng = np.random.default_rng(0)
     nodes = [0.0, *-np.cumsum(rng.uniform(0.3, 2, 3))]
@@ -381,6 +389,7 @@ def test_weights_integrate_polynomials_exactly():
     assert on_host(lambda z: z, w).sum() == pytest.approx(1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -9,6 +9,8 @@ from exact_models import SCHEDULES, initial_state, mixture
 
 import evodiff_jax as ed
 
+pytestmark = pytest.mark.fast
+
 s = ed.solvers
 
 # Each with the order at which the covariance of its samples converges.

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from evodiff_jax.sums import reduced_axes, sums_over_samples
 
+pytestmark = pytest.mark.fast
+
 SHAPES = [(3,), (3, 5), (3, 7, 4), (3, 4, 6, 2), (2, 3, 5, 4, 3), (2, 17, 3), (2, 1, 32, 32), (2, 16, 8, 3)]
 
 

@@ -12,6 +12,8 @@ from exact_models import SCHEDULES, SOLVERS
 import evodiff_jax as ed
 from evodiff_jax.tables import Choice, Rule, Solver, Table
 
+pytestmark = pytest.mark.fast
+
 EDM = SCHEDULES["edm"]
 TIMES = ed.grids.log_snr(EDM, 4)
 X = np.ones((2, 4, 4, 3), np.float32)

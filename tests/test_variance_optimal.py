@@ -59,6 +59,7 @@ def test_any_constant_comes_back_in_float32(value, grid, schedule):
 # -- data of one scale
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("steps", "worst"), [(8, 0.6), (10, 0.45), (12, 0.3)])
 def test_normal_data_of_any_deviation_are_solved_far_better_than_by_fixed_coefficients(steps, worst, x64):
     """Its one scale is found, wherever it is."""
