@@ -28,7 +28,7 @@ def deis(
     Args:
       order: the degree of the polynomial, 1, 2 or 3, as in the paper: it goes through order + 1 outputs and the
         solver's order of convergence is order + 1. Degree 0 is `ddim()`.
-      variant: "rho-AB", "t-AB", which is the same for EDM, where kappa = t, or "log-rho-AB", which is not in the paper.
+      variant: "rho-AB"; "t-AB", which is the same for EDM, where kappa = t; or "log-rho-AB", which is not in the paper.
       lower_order_final: step i of N uses at most N + 1 - i outputs. The releases don't.
       euler_at_final: the last step alone is of first order (degree 0).
 
@@ -60,12 +60,15 @@ def ipndm(
       order: the number of outputs used, 1 (`ddim()`) to 4. The first steps use those there are.
       lower_order_final: step i of N uses at most N + 1 - i outputs.
       euler_at_final: the last step alone is of first order.
-      start: "adams-bashforth" is iPNDM. "runge-kutta" takes the first order - 1 steps by the classical Runge-Kutta
-        method of four calls, two of them in the middle of the time: PNDM, for order 4 the F-PNDM of its paper, with
-        13 outputs in memory, as those of the steps' starts are 4 calls apart. "heun"
-        takes the first step by Heun's method of two calls and remembers the first of them: for order 4 the PLMS of
-        latent diffusion, for order 2 the S-PNDM of the paper. A first step whose order the options for the last steps
-        lower, or to sigma = 0, is as in iPNDM; for traced times one to sigma = 0 takes its calls all the same.
+      start: how the first steps are taken, which have fewer outputs than `order`.
+        "adams-bashforth": with the outputs there are, for iPNDM.
+        "runge-kutta": the first order - 1 steps by the classical Runge-Kutta method, two of whose four calls are in the
+        middle of the time, for PNDM (order 4 is the F-PNDM of its paper). The run remembers 4 order - 3 outputs, as
+        those at the starts of steps are four calls apart.
+        "heun": the first step by Heun's method of two calls, of which only the first is used later, for PLMS (order 2
+        is the paper's S-PNDM).
+        A first step to sigma = 0, or whose order the options for the last steps lower, is as in iPNDM. For traced times
+        one to sigma = 0 takes its calls all the same, and makes nothing of the later ones.
 
     Returns:
       The solver. NFE: N for N steps; N + 1 with start "heun", N + 3 (order - 1) with "runge-kutta".

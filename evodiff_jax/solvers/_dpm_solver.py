@@ -76,8 +76,8 @@ def dpm_solver_pp(
       exact_curvature: the multistep third order as its derivation has it.
       variant: the weight of the first difference in steps of second order, those of a run of third order too:
         "midpoint", 1/2, or "heun", phi_2 / phi_1, which integrates the line through two outputs exactly. In single-step
-        form the last stage of order 3 then integrates the parabola through all three outputs. The public release calls
-        the two "dpmsolver" and "taylor"; "midpoint" and "heun" are the words of other implementations.
+        form the last stage of order 3 then integrates the parabola through its three outputs. "midpoint" and "heun" are
+        the words of diffusers and k-diffusion; the public release's are "dpmsolver" and "taylor".
 
     Returns:
       The solver. NFE: N for N steps; for "singlestep" each step's order summed.
@@ -102,11 +102,10 @@ def sde_dpm_solver_pp(
 ) -> Solver:
     """SDE-DPM-Solver++: the reverse SDE with the data prediction integrated in lambda; stochastic.
 
-    Order 3 integrates the parabola that `dpm_solver_pp(3)` does, its second difference halved likewise;
-    `sa_solver(3, 0, tau)` has the exact weights.
+    Order 3 halves the second difference, as `dpm_solver_pp(3)` does. `sa_solver(3, 0, tau)` has the exact weights.
 
     Args:
-      order: 1, 2 ("SDE-DPM-Solver++(2M)") or 3 (not in the paper).
+      order: 1, 2 ("SDE-DPM-Solver++(2M)") or 3, which is k-diffusion's and not in the paper.
       tau: the noise relative to that of the reverse SDE; 0 is `dpm_solver_pp`, 1 the published solver. tau^2 is the
         `eta` of some implementations.
       lower_order_final: as for `dpm_solver_pp`.

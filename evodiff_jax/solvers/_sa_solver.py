@@ -34,8 +34,8 @@ def sa_solver(
       lower_order_final: step i of N is predicted with N + 1 - i outputs at most and corrected with one more.
       euler_at_final: the last step alone is of first order.
       variant: the weights where two outputs predict or correct, by the names of the public release's two modes:
-        "more_steps", those of the paper, or "few_steps", which integrates the slope between the outputs with the
-        uniform density: h / 2 for the moment of first order, h the step in lambda. The two differ by O(h^3) a step.
+        "more_steps", the paper's, or "few_steps", which take h^2 / 2 for the integral of e^(-(1 + tau^2) (lambda_1 -
+        lambda)) (lambda - lambda_0) over the step, h = lambda_1 - lambda_0. The two differ by O(h^3) a step.
 
     Returns:
       The solver, which needs a key unless tau is the number 0. NFE: N for N steps.
