@@ -1,6 +1,6 @@
 """Few-step sampling of diffusion and flow models in JAX: EVODiff and the solvers it is compared with."""
 
-from evodiff_jax import denoisers, editing, grids, quadrature, schedules, solvers, statistics, tables
+from evodiff_jax import denoisers, editing, grids, quadrature, schedules, solvers, statistics, tables, testing
 from evodiff_jax.citations import citation
 from evodiff_jax.sampling import RunState, Trace, init, plan, sample, sample_with_trace, update
 from evodiff_jax.schedules import NoiseSchedule
@@ -28,5 +28,6 @@ __all__ = [
     "stack",
     "statistics",
     "tables",
+    "testing",
     "update",
 ]

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax.numerics import at_least_float32, on_host
 from evodiff_jax.sampling import check_solver, check_times, plan_from_times, sample
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
 from evodiff_jax.tables import Solver
 from evodiff_jax.types import (
     Denoiser,
@@ -18,6 +18,7 @@ from evodiff_jax.types import (
     as_state,
     batch_size,
     broadcasts,
+    check_function,
     check_keys,
     check_state,
     per_sample,
@@ -77,8 +78,10 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
       >>> x[0, :3].tolist()
       [1.0, 1.0, 1.0]
     """
+    check_function("denoise", denoise, "denoise(x, t) -> x_0")
     known = check_state(known, "known")
     check_schedule(schedule)
+    check_same_schedule(denoise, some_levels(schedule), "the schedule given for inpainting")
     check_keys(key, np.shape(key)[0] if np.ndim(key) else 1)
     for leaf in jax.tree.leaves(mask) or [mask]:
         if not isinstance(leaf, np.ndarray | jax.Array | bool) or jnp.result_type(leaf) != jnp.bool_:
@@ -118,7 +121,7 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
         noisy = schedule.add_noise(values, wide, check_keys(key, batch_size(x)))
         return put(jax.tree.map(lambda a, b: jnp.where(index < 0, a, b), values, noisy), x)
 
-    return Inpainting(inpainted, on_state)
+    return Inpainting(made_of(inpainted, denoise), on_state)
 
 
 def invert(denoise: Denoiser, x_0: State, schedule: NoiseSchedule, times: ArrayLike, solver: Solver) -> State:
@@ -146,6 +149,7 @@ def invert(denoise: Denoiser, x_0: State, schedule: NoiseSchedule, times: ArrayL
       Song, Meng, Ermon, arXiv 2010.02502, section 4.3; Dhariwal & Nichol, arXiv 2105.05233, appendix F.
     """
     check_schedule(schedule)
+    x_0 = check_state(x_0, "x_0")
     check_solver(solver)
     downwards = check_times(times, schedule)
     if plan_from_times(schedule, downwards, solver).table.noise is not None:

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import types
+import typing
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -36,6 +38,22 @@ def enable_x64() -> Any:
     return enable_x64(True)
 
 
+def concrete_array(name: str, value: Any) -> np.ndarray:
+    """The value of an argument as a float64 NumPy array.
+
+    Raises:
+      TypeError: when it is traced, or holds anything but numbers.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+        raise TypeError(f"{name} must be concrete numbers, got the traced {value}: compute it outside jax.jit")
+    try:
+        if np.asarray(value).dtype.kind not in "US":  # text, even of digits
+            return np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} must be an array of numbers, got {value!r}")
+
+
 def at_least_float32(dtype: Any) -> Any:
     """float64 for float64, else float32; `jnp.promote_types` would refuse bfloat16 under strict promotion."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
@@ -49,39 +67,68 @@ def widened(t: Any) -> Any:
     return t.astype(at_least_float32(t.dtype)) if isinstance(t, jax.Array) else np.asarray(t, np.float64)
 
 
+def checked_arguments(fn: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
+    """Checks the arguments of `fn` that are annotated as numbers or booleans.
+
+    Concrete arrays without axes are taken for the numbers that they hold. The decorated function raises TypeError, with
+    the argument's name and value, for a traced argument, and for one that is no number or no boolean. Which integers,
+    and whether it is one, `fn` itself checks: it knows the range.
+    """
+    signature = inspect.signature(fn, eval_str=True)
+    allowed = {name: _kinds(parameter.annotation) for name, parameter in signature.parameters.items()}
+    allowed = {name: kinds for name, kinds in allowed.items() if {int, float, bool} & set(kinds)}
+
+    @functools.wraps(fn)
+    def called(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in allowed:
+                bound.arguments[name] = _checked(fn.__name__, name, value, allowed[name])
+        return fn(*bound.args, **bound.kwargs)
+
+    return called
+
+
 def factory(make: Callable[Parameters, Made]) -> Callable[Parameters, Made]:
     """Caches a factory by its arguments, so that the same arguments give the same object and jit does not recompile.
 
-    Concrete arrays without axes are taken as the numbers that they hold. The decorated function raises TypeError for an
-    argument that is traced, that can't be hashed, or that is text where its default is a number.
+    Its numbers and booleans are checked as by `checked_arguments`. The decorated function raises TypeError for an
+    argument that can't be hashed.
     """
     cached = functools.lru_cache(maxsize=None, typed=True)(make)
     signature = inspect.signature(make)
 
+    @checked_arguments
     @functools.wraps(make)
     def made(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Made:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
-            default = signature.parameters[name].default
-            bound.arguments[name] = _constant(make.__name__, name, value, default)
+            try:
+                hash(value)
+            except TypeError as error:
+                raise TypeError(f"{make.__name__} needs a single value for {name}, got {value!r}") from error
         return cached(*bound.args, **bound.kwargs)
 
     return made
 
 
-def _constant(maker: str, name: str, value: Any, default: Any) -> Any:
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows, callables as `Callable`."""
+    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return tuple(typing.get_origin(kind) or kind for kind in allowed)
+
+
+def _checked(called: str, name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value of an argument that may be a number or a boolean, or be of one of the other kinds."""
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{maker} needs a concrete {name}, got the traced {value}: call {maker} outside jax.jit and the like, or "
+            f"{called} needs a concrete {name}, got the traced {value}: call {called} outside jax.jit and the like, or "
             "make the parameter a static argument"
         )
     if isinstance(value, np.ndarray | np.generic | jax.Array) and value.ndim == 0:
-        return value.item()
-    if isinstance(value, str) and isinstance(default, int | float):
-        raise TypeError(f"{maker} needs a number for {name}, got {value!r}")
-    try:
-        hash(value)
-    except TypeError as error:
-        raise TypeError(f"{maker} needs a single number or name for {name}, got {value!r}") from error
-    return value
+        value = value.item()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if int in kinds or (float in kinds and is_number) or any(isinstance(value, k) for k in kinds if k is not float):
+        return value
+    raise TypeError(f"{called} needs {'a number' if float in kinds else 'True or False'} for {name}, got {value!r}")

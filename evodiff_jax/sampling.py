@@ -12,10 +12,21 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax import kernel
-from evodiff_jax.numerics import at_least_float32, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.numerics import at_least_float32, concrete_array, on_host
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
 from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, pad
-from evodiff_jax.types import Denoiser, Hook, as_state, batch_size, broadcasts, check_keys, check_state, fold_in, widest
+from evodiff_jax.types import (
+    Denoiser,
+    Hook,
+    as_state,
+    batch_size,
+    broadcasts,
+    check_function,
+    check_keys,
+    check_state,
+    fold_in,
+    widest,
+)
 
 
 class Trace(NamedTuple):
@@ -92,7 +103,7 @@ def plan_from_times(schedule: NoiseSchedule, times: Any, solver: Solver, denoise
     if denoise_to_zero:
         table = append_denoising(table, times[-1])
     end = times[-1] if isinstance(times, Tracer) else np.asarray(times[-1])
-    return Plan(table, np.asarray(table.time.shape[0], np.int32), end, solver.rule)
+    return Plan(table, np.asarray(table.time.shape[0], np.int32), end, solver.rule, some_levels(schedule))
 
 
 def check_solver(solver: Any) -> None:
@@ -113,7 +124,7 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
         raise ValueError(f"times must be N + 1 >= 2 times in one dimension, got shape {shape}")
     if isinstance(times, Tracer):
         return times.astype(at_least_float32(times.dtype))
-    concrete = np.asarray(times, np.float64)
+    concrete = concrete_array("times", times)
     if not np.isfinite(concrete).all():
         raise ValueError("times must be finite")
     increases = np.flatnonzero(np.diff(concrete) >= 0)
@@ -294,7 +305,9 @@ def update(state: RunState, prediction: Any, plan: Plan) -> RunState:
       TypeError: when the prediction is not a floating-point array.
       ValueError: when it has another shape.
     """
-    m = as_state(prediction, state.x, "denoise(x, t)")
+    if not isinstance(state, RunState):
+        raise TypeError(f"state must be a RunState, from init or update, got {type(state).__name__}")
+    m = as_state(prediction, state.x, "the model whose prediction update was given")
     _, run, _ = _prepare(state.x, plan, state.key)
 
     def apply(state: RunState) -> RunState:
@@ -343,11 +356,11 @@ def _run(
     denoise: Denoiser, x_T: Any, plan: Plan, key: Any, on_state: Hook | None, remat: bool, traced: bool
 ) -> tuple[Any, kernel.Done | None, Plan]:
     """The result, what the rows did where it is asked for, and the prepared plan."""
-    if not callable(denoise):
-        raise TypeError(f"denoise must be a function denoise(x, t) -> x_0, got {denoise!r}")
-    if not (on_state is None or callable(on_state)):
-        raise TypeError(f"on_state must be a function on_state(x, t, index, key) -> x, got {on_state!r}")
+    check_function("denoise", denoise, "denoise(x, t) -> x_0")
+    if on_state is not None:
+        check_function("on_state", on_state, "on_state(x, t, index, key) -> x")
     x_T, run, key = _prepare(x_T, plan, key)
+    check_same_schedule(denoise, plan.levels, "the plan's")
     rows = run.table.time.shape[0]
     size = math.isqrt(rows - 1) + 1 if remat else rows  # about sqrt(R) chunks of about sqrt(R) rows
     chunks = -(-rows // size)

@@ -31,7 +31,7 @@ from jax import export
 from jax.core import Tracer
 
 from evodiff_jax.numerics import namespace
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.schedules import NoiseSchedule, SomeLevels
 
 
 class Table(NamedTuple):
@@ -156,12 +156,15 @@ class Plan:
       calls: the number of model calls, an int32 scalar; later rows are not applied.
       end: the time of the result, a scalar.
       rule: the solver's rule, static.
+      levels: a few times of the schedule with alpha and sigma there, static: `sample` compares them with the denoiser's
+        schedule where it knows that. Empty for a stack of plans of different schedules.
     """
 
     table: Table
     calls: Any
     end: Any
     rule: Rule | None = dataclasses.field(default=None, metadata={"static": True})
+    levels: SomeLevels = dataclasses.field(default=(), metadata={"static": True})
 
 
 def check_table(solver: Solver, table: Any, schedule: NoiseSchedule, end: Any) -> Table:
@@ -286,7 +289,7 @@ def stack(plans: Sequence[Plan]) -> Plan:
       >>> x.shape
       (3, 4, 8)
     """
-    if not plans or any(not isinstance(p, Plan) for p in plans):
+    if not isinstance(plans, Sequence) or not plans or any(not isinstance(p, Plan) for p in plans):
         raise ValueError(f"stack needs at least one plan, from evodiff_jax.plan, got {plans!r}")
     if any(p.rule != plans[0].rule for p in plans):
         raise ValueError("stack needs plans of one rule, or plans whose solvers have none: sample the others apart")
@@ -300,7 +303,8 @@ def stack(plans: Sequence[Plan]) -> Plan:
     rows = max(p.table.time.shape[0] for p in plans)
     uniform = [(pad(_with_all_columns(p.table, slots, plans), rows), p.calls, p.end) for p in plans]
     table, calls, end = jax.tree.map(lambda *values: namespace(*values).stack(values), *uniform)
-    return dataclasses.replace(plans[0], table=table, calls=calls, end=end)
+    levels = plans[0].levels if all(p.levels == plans[0].levels for p in plans) else ()
+    return dataclasses.replace(plans[0], table=table, calls=calls, end=end, levels=levels)
 
 
 def _with_all_columns(table: Table, slots: int, plans: Sequence[Plan]) -> Table:
@@ -325,7 +329,9 @@ def _with_all_columns(table: Table, slots: int, plans: Sequence[Plan]) -> Table:
 # imported already, so that an exported file can't run code of its own choice.
 
 
-def _rule_to_bytes(rule: Rule | None) -> bytes:
+def _described(rule: Rule | None) -> list[Any] | None:
+    """A rule as JSON."""
+
     def name(fn: Any) -> list[str]:
         found = [getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "<locals>")]
         if "<locals>" in found[1] or "<lambda>" in found[1]:
@@ -333,21 +339,21 @@ def _rule_to_bytes(rule: Rule | None) -> bytes:
         return found
 
     if rule is None:
-        return b"null"
-    functions = [name(fn) for fn in (rule.terms, rule.choose, rule.init)]
-    return json.dumps([functions, rule.channel_axis, rule.per_leaf]).encode()
-
-
-def _rule_from_bytes(content: bytes) -> Rule | None:
-    found = json.loads(content)
-    if found is None:
         return None
-    names, channel_axis, per_leaf = found
+    return [[name(fn) for fn in (rule.terms, rule.choose, rule.init)], rule.channel_axis, rule.per_leaf]
+
+
+def _aux_from_bytes(content: bytes) -> tuple[Rule | None, SomeLevels]:
+    described, found_levels = json.loads(content)
+    levels = tuple((t, alpha, sigma) for t, alpha, sigma in found_levels)
+    if described is None:
+        return None, levels
+    names, channel_axis, per_leaf = described
     for module, _ in names:
         if module not in sys.modules:
             raise ValueError(f"this file needs a rule of the module {module}: import it first")
     terms, choose, init = (getattr(sys.modules[module], name) for module, name in names)
-    return Rule(terms, choose, init, channel_axis, per_leaf)
+    return Rule(terms, choose, init, channel_axis, per_leaf), levels
 
 
 def exportable(*types: Any) -> None:
@@ -360,6 +366,6 @@ exportable(Table, Choice)
 export.register_pytree_node_serialization(
     Plan,
     serialized_name="evodiff_jax.Plan",
-    serialize_auxdata=lambda aux: _rule_to_bytes(aux[0]),
-    deserialize_auxdata=lambda content: (_rule_from_bytes(content),),
+    serialize_auxdata=lambda aux: json.dumps([_described(aux[0]), aux[1]]).encode(),
+    deserialize_auxdata=_aux_from_bytes,
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.numerics import at_least_float32
+from evodiff_jax.numerics import at_least_float32, concrete_array
 
 State = Any
 """An array (B, ...), or a pytree of arrays with one leading batch axis."""
@@ -41,6 +41,12 @@ def check_state(x: Any, name: str) -> State:
     if len(sizes) > 1:
         raise ValueError(f"all leaves of {name} must have the same batch axis in front, got sizes {sizes}")
     return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+
+
+def check_function(name: str, value: Any, call: str) -> None:
+    """Raises TypeError for what can't be called; `call` shows how it is."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {call}, got {value!r}")
 
 
 def check_like(value: Any, x: State, call: str) -> State:
@@ -88,9 +94,10 @@ def per_sample(values: Any, x: State, name: str, dtype: Any) -> State:
     """A number, or one for every sample (B,), as a pytree like `x` of arrays that broadcast against its leaves.
 
     Raises:
+      TypeError: when it is no number or array of numbers.
       ValueError: when it is of another shape.
     """
-    values = jnp.asarray(values, dtype)
+    values = jnp.asarray(values if isinstance(values, jax.Array) else concrete_array(name, values), dtype)
     if values.shape not in ((), (batch_size(x),)):
         raise ValueError(f"{name} must be a number or one for each of the {batch_size(x)} samples, got {values.shape}")
     return jax.tree.map(lambda leaf: values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim)), x)

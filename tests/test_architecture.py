@@ -19,7 +19,7 @@ LAYERS = [
     ["tables", "schedules", "sums"],
     ["kernel", "quadrature", "denoisers", "grids", "statistics"],
     ["solvers", "citations"],
-    ["sampling", "editing"],
+    ["sampling", "editing", "testing"],
     ["pretrained"],
     ["evaluation"],
     ["cli"],

@@ -10,6 +10,8 @@ from exact_models import SCHEDULES
 
 import evodiff_jax as ed
 
+pytestmark = pytest.mark.fast
+
 EDM, VP = SCHEDULES["edm"], SCHEDULES["vp_linear"]
 ZERO_SNR = ed.schedules.flow(t_max=1.0)
 TIMES = ed.grids.log_snr(EDM, 4)
@@ -92,7 +94,7 @@ BAD = {
     "a schedule for a plan": (lambda: ed.sample(good, X, EDM), T, "plan must be a Plan, from evodiff_jax.plan"),
     "times for a plan": (lambda: ed.sample(good, X, TIMES), T, "plan must be a Plan, from evodiff_jax.plan"),
     "text for remat": (sample(remat="yes"), T, "remat must be True or False, got 'yes'"),
-    "text for a channel axis": (lambda: s.evodiff("c"), T, "evodiff needs a number for channel_axis, got 'c'"),
+    "text for a channel axis": (lambda: s.evodiff("c"), T, "channel_axis must be an integer or None, got 'c'"),
     "text for a sigma": (lambda: ed.schedules.edm("0.1"), T, "edm needs a number for sigma_min, got '0.1'"),
     "a list for x_T": (sample(x_T=[[1.0, 2.0]]), T, "x_T must be an array or a pytree of arrays, got a leaf 1.0"),
     "joint inner products of channels": (
@@ -178,7 +180,7 @@ BAD = {
     "an interval without schedule": (
         guided(interval=(0.1, 1.0)),
         T,
-        "interval needs schedule, a NoiseSchedule.*got None",
+        "interval needs schedule, a NoiseSchedule, to know",
     ),
     "an interval backwards": (
         guided(interval=(2, 1), schedule=EDM),

@@ -7,9 +7,10 @@ from evodiff_jax.denoisers._corrections import clip, dynamic_threshold
 from evodiff_jax.denoisers._exact import gaussian_mixture
 from evodiff_jax.denoisers._guidance import classifier_free_guidance, classifier_guidance
 from evodiff_jax.denoisers._networks import counted, split_nnx
-from evodiff_jax.denoisers._prediction import PREDICTIONS, TIMES, from_prediction
+from evodiff_jax.denoisers._prediction import NEED_SIGNAL, PREDICTIONS, TIMES, from_prediction
 
 __all__ = [
+    "NEED_SIGNAL",
     "PREDICTIONS",
     "TIMES",
     "classifier_free_guidance",

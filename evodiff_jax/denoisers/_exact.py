@@ -4,14 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.numerics import at_least_float32
-from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array
+from evodiff_jax.schedules import NoiseSchedule, check_schedule, of_schedule
 from evodiff_jax.types import Denoiser
 
 
+@checked_arguments
 def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) -> Denoiser:
     """The exact data prediction for equally likely Gaussians: a model without error, to test solvers on.
 
@@ -26,6 +26,7 @@ def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) ->
       denoise(x, t) for x (B, ...).
 
     Raises:
+      TypeError: when the schedule is something else, centers no array of numbers, or std no number.
       ValueError: when there are no centers or std is not positive; when called, when x is of another shape.
 
     Example:
@@ -35,7 +36,8 @@ def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) ->
       >>> denoise(jnp.array([[3.0, 0.0]]), jnp.float32(0.1)).round(2)
       Array([[2., 0.]], dtype=float32)
     """
-    centers = np.asarray(centers)
+    check_schedule(schedule)
+    centers = concrete_array("centers", centers)
     if centers.ndim < 1 or len(centers) < 1 or not std > 0:
         raise ValueError(f"gaussian_mixture needs centers (K, ...) and std > 0, got {centers.shape} and {std}")
 
@@ -55,4 +57,4 @@ def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) ->
         gain = alpha * std**2 / variance
         return (mean + gain * (flat - alpha * mean)).reshape(x.shape).astype(x.dtype)
 
-    return denoise
+    return of_schedule(denoise, schedule)

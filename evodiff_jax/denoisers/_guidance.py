@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.denoisers._prediction import check_signal
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.types import Denoiser, State, batch_size, check_like, per_sample, widest
+from evodiff_jax.numerics import checked_arguments
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
+from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, per_sample, widest
 
 
+@checked_arguments
 def classifier_free_guidance(
     fn: Denoiser,
     condition: Any,
@@ -54,10 +56,13 @@ def classifier_free_guidance(
         not from 0 to 1, or the interval is not 0 <= low < high or comes without a schedule; when called, when the
         conditions or scales are not as many as the samples.
     """
+    check_function("fn", fn, "fn(x, t, condition) -> x_0")
     _check_conditions(condition, null_condition)
     _check_scale(scale)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be from 0 to 1, got {rescale}")
+    if schedule is not None:
+        check_schedule(schedule)
     _check_interval(interval, schedule)
     both = None
     if batched:
@@ -90,12 +95,14 @@ def classifier_free_guidance(
 
         return jax.tree.map(combine, *pair(x, t), scales, x)
 
+    checked = lambda denoise: made_of(_for_batches_of(condition, denoise), fn)
     known = isinstance(scale, int | float | np.number)
     if known and scale == 1:
-        return _for_batches_of(condition, conditional)
+        return checked(conditional)
     inside = null if known and scale == 0 and not rescale else guided
     if interval is None or schedule is None:
-        return _for_batches_of(condition, inside)
+        return checked(inside)
+    check_same_schedule(fn, some_levels(schedule), "the schedule given for the interval")
     low, high = interval
     level = lambda t: schedule.sigma(t) / schedule.alpha(t)
 
@@ -104,7 +111,7 @@ def classifier_free_guidance(
         cast = lambda fn: lambda x: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), fn(x, t), x)
         return jax.lax.cond((kappa > low) & (kappa <= high), cast(inside), cast(conditional), x)
 
-    return _for_batches_of(condition, within)
+    return checked(within)
 
 
 def classifier_guidance(
@@ -128,7 +135,10 @@ def classifier_guidance(
       ValueError: when alpha is 0 at t_max, or the scale is not finite; when called, when log_prob returns another
         shape, or the scales are not as many as the samples.
     """
+    check_function("denoise", denoise, "denoise(x, t) -> x_0")
+    check_function("log_prob", log_prob, "log_prob(x, t) -> (B,)")
     check_schedule(schedule)
+    check_same_schedule(denoise, some_levels(schedule), "the schedule given for the classifier")
     check_signal(schedule, "a gradient")
     _check_scale(scale)
 
@@ -148,7 +158,7 @@ def classifier_guidance(
         m = check_like(denoise(x, t, *conditions), x, "denoise(x, t)")
         return jax.tree.map(shifted, m, jax.grad(total)(x), scales)
 
-    return guided
+    return made_of(guided, denoise)
 
 
 def _interleaved(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -206,7 +216,7 @@ def _check_scale(scale: Any) -> None:
 def _check_interval(interval: Any, schedule: Any) -> None:
     if interval is None:
         return
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"interval needs schedule, a NoiseSchedule, to know the noise level at t, got {schedule!r}")
+    if schedule is None:
+        raise TypeError("interval needs schedule, a NoiseSchedule, to know the noise level at t")
     if not (isinstance(interval, tuple | list) and len(interval) == 2 and 0 <= interval[0] < interval[1] <= math.inf):
         raise ValueError(f"interval must be (low, high) with 0 <= low < high, in sigma / alpha, got {interval!r}")

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from evodiff_jax.types import Denoiser, State, batch_size
+from evodiff_jax.schedules import made_of
+from evodiff_jax.types import Denoiser, State, batch_size, check_function
 
 
 def split_nnx(module: Any) -> tuple[Callable[..., Any], Any]:
@@ -59,6 +60,9 @@ def counted(fn: Denoiser, on_call: Callable[[int], Any]) -> Denoiser:
     Returns:
       fn with the count. Wait with `jax.effects_barrier()` before you read it.
 
+    Raises:
+      TypeError: when fn or on_call is no function.
+
     Example:
       >>> import jax.numpy as jnp
       >>> sizes = []
@@ -67,10 +71,12 @@ def counted(fn: Denoiser, on_call: Callable[[int], Any]) -> Denoiser:
       >>> sizes
       [4]
     """
+    check_function("fn", fn, "fn(x, t, ...)")
+    check_function("on_call", on_call, "on_call(B)")
 
     def counting(x: State, *args: Any) -> Any:
         size = batch_size(x)
         jax.debug.callback(lambda: on_call(size))
         return fn(x, *args)
 
-    return counting
+    return made_of(counting, fn)

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from evodiff_jax.numerics import on_host
+from evodiff_jax.numerics import checked_arguments, on_host
 from evodiff_jax.preconditioning import coefficients
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
-from evodiff_jax.types import Denoiser, State, batch_size, check_like, widest
+from evodiff_jax.schedules import NoiseSchedule, check_schedule, of_schedule
+from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, widest
 
 
 class _Levels(NamedTuple):
@@ -28,9 +28,10 @@ _TO_DATA: dict[str, Callable[[Any, Any, _Levels], Any]] = {
 PREDICTIONS = (*_TO_DATA, "edm")
 TIMES = ("t", "sigma", "log_sigma", "c_noise", "index")
 
-_NEED_SIGNAL = ("epsilon", "score", "edm")
+NEED_SIGNAL = ("epsilon", "score", "edm")
 
 
+@checked_arguments
 def from_prediction(
     fn: Denoiser,
     schedule: NoiseSchedule,
@@ -70,8 +71,8 @@ def from_prediction(
       denoise(x, t, *conditions), of the structure, shapes and dtypes of x.
 
     Raises:
-      TypeError: when the schedule is something else or time is neither a name nor a function; when called, when fn
-        returns no floating-point array.
+      TypeError: when fn is no function, the schedule is something else, time is neither a name nor a function,
+        per_sample_time no boolean, or sigma_data no number; when called, when fn returns no floating-point array.
       ValueError: when `prediction` or `time` is unknown, alpha is 0 at t_max and the prediction says nothing about the
         data there, "index" is asked for a schedule without timesteps, or sigma_data is not positive; when called,
         when fn returns another shape.
@@ -97,7 +98,7 @@ def from_prediction(
         output = check_like(fn(seen, told, *conditions), x, "the network fn(x, time)")
         return jax.tree.map(lambda a, o: to_data(a.astype(wide), o.astype(wide), at).astype(a.dtype), x, output)
 
-    return denoise
+    return of_schedule(denoise, schedule)
 
 
 def check_signal(schedule: NoiseSchedule, what: str) -> None:
@@ -110,12 +111,11 @@ def check_signal(schedule: NoiseSchedule, what: str) -> None:
 
 
 def _check(fn: Any, schedule: Any, prediction: Any, time: Any, sigma_data: Any) -> None:
-    if not callable(fn):
-        raise TypeError(f"fn must be a function fn(x, time), got {fn!r}")
+    check_function("fn", fn, "fn(x, time)")
     check_schedule(schedule)
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}")
-    if prediction in _NEED_SIGNAL:
+    if prediction in NEED_SIGNAL:
         check_signal(schedule, f"prediction {prediction!r}")
     if isinstance(time, str) and time not in TIMES:
         raise ValueError(f"unknown time {time!r}: choose one of {', '.join(map(repr, TIMES))}, or give a function of t")

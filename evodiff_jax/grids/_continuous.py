@@ -5,11 +5,12 @@ import math
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.grids._parts import between, ends_of, fractions_of, pinned
-from evodiff_jax.numerics import on_host
+from evodiff_jax.grids._parts import between, ends_of, fractions_of, grid, pinned
+from evodiff_jax.numerics import checked_arguments, concrete_array, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 
+@grid
 def log_snr(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -32,6 +33,7 @@ def log_snr(
     return polyexponential(schedule, num_steps, rho=1.0, start=start, end=end)
 
 
+@grid
 def exponential(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -53,6 +55,7 @@ def exponential(
     return log_snr(schedule, num_steps, start=start, end=end)
 
 
+@grid
 def polyexponential(
     schedule: NoiseSchedule,
     num_steps: int,
@@ -86,6 +89,7 @@ def polyexponential(
     return _at_lambda(schedule, between(low, high, (1 - fractions_of(num_steps)) ** rho), start, end)
 
 
+@grid
 def karras(
     schedule: NoiseSchedule,
     num_steps: int,
@@ -117,6 +121,7 @@ def karras(
     return _at_lambda(schedule, -rho * np.log(between(high, low, fractions_of(num_steps))), start, end)
 
 
+@grid
 def time_uniform(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -138,6 +143,7 @@ def time_uniform(
     return between(*ends_of(schedule, start, end), fractions_of(num_steps))
 
 
+@grid
 def time_quadratic(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -162,6 +168,7 @@ def time_quadratic(
     return pinned(between(np.sqrt(start), np.sqrt(end), fractions_of(num_steps)) ** 2, start, end)
 
 
+@grid
 def beta(
     schedule: NoiseSchedule,
     num_steps: int,
@@ -196,6 +203,7 @@ def beta(
     return pinned(between(end, start, betaincinv(a, b, 1 - fractions_of(num_steps))), start, end)
 
 
+@grid
 def sgm_uniform(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -238,7 +246,7 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
       ValueError: when the sigmas are not as above.
     """
     check_schedule(schedule)
-    kappa = np.asarray(sigmas, np.float64)
+    kappa = concrete_array("sigmas", sigmas)
     if kappa.ndim != 1 or kappa.size < 2 or not (np.diff(kappa) < 0).all() or kappa[-1] < 0:
         raise ValueError(f"sigmas must be at least 2 strictly decreasing numbers, none negative, got {sigmas!r}")
     high, low = np.exp(-on_host(schedule.lambda_, [schedule.t_max, schedule.t_min]))
@@ -251,6 +259,7 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
     return np.clip(times, schedule.t_min, schedule.t_max)
 
 
+@checked_arguments
 def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
     """The part of a grid that image-to-image sampling runs: its last strength N steps, at least one.
 
@@ -267,7 +276,8 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
       The last times, float64; noise the image to the first of them with `schedule.add_noise`.
 
     Raises:
-      ValueError: unless 0 < strength <= 1.
+      TypeError: when times is no array of numbers, or strength no number.
+      ValueError: unless 0 < strength <= 1, or when times is not one-dimensional.
 
     Example:
       >>> last_steps([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], strength=0.4)
@@ -275,7 +285,9 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    times = np.asarray(times, np.float64)
+    times = concrete_array("times", times)
+    if times.ndim != 1 or times.size < 2:
+        raise ValueError(f"last_steps needs the N + 1 times of a whole run, got shape {times.shape}")
     # 1e-9: a half that the product misses by round-off, as 0.57 * 50, is one all the same.
     steps = max(1, math.floor(strength * (times.size - 1) + 0.5 + 1e-9))
     return times[-(steps + 1) :]

@@ -1,8 +1,25 @@
 """What the grids share: fractions of a run, the ends of a part, checks."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
+from evodiff_jax.numerics import Parameters, checked_arguments
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
+
+
+def grid(make: Callable[Parameters, np.ndarray]) -> Callable[Parameters, np.ndarray]:
+    """A grid that checks its arguments, the schedule first: the order of the two is easily mistaken."""
+    checked = checked_arguments(make)
+
+    @functools.wraps(make)
+    def made(*args: Parameters.args, **kwargs: Parameters.kwargs) -> np.ndarray:
+        if args:
+            check_schedule(args[0])
+        return checked(*args, **kwargs)
+
+    return made
 
 
 def fractions_of(num_steps: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from evodiff_jax.grids._parts import ends_of, fractions_of
+from evodiff_jax.grids._parts import ends_of, fractions_of, grid
 from evodiff_jax.numerics import on_host
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 _NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise
 
 
+@grid
 def leading(
     schedule: NoiseSchedule, num_steps: int, offset: int = 0, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -27,14 +28,16 @@ def leading(
 
     Raises:
       TypeError: when the schedule is something else.
-      ValueError: when num_steps is not a positive integer, not t_min <= end < start <= t_max, the schedule is not
-        discrete, N is above its number of timesteps, the timesteps do not lie between the ends, or the first timestep
-        is below 0.9 t_max and no start is given: x_T is noise of t_max, and n // N leaves the timesteps above
-        (N - 1) (n // N) out, the more of them the farther n is from a multiple of N.
+      ValueError: when num_steps is not a positive integer, offset is no integer, not t_min <= end < start <= t_max, the
+        schedule is not discrete, N is above its number of timesteps, the timesteps do not lie between the ends, or the
+        first timestep is below 0.9 t_max and no start is given: x_T is noise of t_max, and n // N leaves the timesteps
+        above (N - 1) (n // N) out, the more of them the farther n is from a multiple of N.
 
     References:
       Song, Meng, Ermon, arXiv 2010.02502, appendix D.3; the name is from Lin et al., arXiv 2305.08891, table 2.
     """
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise ValueError(f"leading needs an integer for offset, got {offset!r}")
     count = _discrete(schedule, "leading", num_steps)
     times = _timesteps(schedule, np.arange(num_steps)[::-1] * (count // num_steps) + offset, start, end)
     if start is None and times[0] < _NEAR_T_MAX * schedule.t_max:
@@ -46,6 +49,7 @@ def leading(
     return times
 
 
+@grid
 def trailing(
     schedule: NoiseSchedule, num_steps: int, *, start: float | None = None, end: float | None = None
 ) -> np.ndarray:
@@ -93,8 +97,12 @@ def _timesteps(schedule: NoiseSchedule, steps: np.ndarray, start: float | None, 
     whole = start is None and end is None
     start, end = ends_of(schedule, start, end)
     kept = steps if whole else steps[(steps <= start) & (steps > end)]
+    if not kept.size:
+        raise ValueError(
+            f"no timestep of {steps[0]:g} .. {steps[-1]:g} is at most start = {start:g} and above end = {end:g}"
+        )
     times = np.append(np.asarray(kept, np.float64), end)
-    if times.size < 2 or times[0] > schedule.t_max or not (np.diff(times) < 0).all():
+    if times[0] > schedule.t_max or not (np.diff(times) < 0).all():
         raise ValueError(
             f"the timesteps {steps[0]:g} .. {steps[-1]:g} and the end {end:g} must decrease within the schedule's "
             f"{schedule.t_min:g} to {schedule.t_max:g}: choose another offset, or make the schedule with t_min=-1"

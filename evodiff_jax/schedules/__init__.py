@@ -1,5 +1,6 @@
 """Noise schedules: alpha(t) and sigma(t) of x_t = alpha(t) x_0 + sigma(t) eps, for the usual families and your own."""
 
+from evodiff_jax.schedules._consistency import SomeLevels, check_same_schedule, made_of, of_schedule, some_levels
 from evodiff_jax.schedules._continuous import (
     edm,
     flow,
@@ -24,6 +25,8 @@ __all__ = [
     "Levels",
     "NoiseSchedule",
     "ScheduleFn",
+    "SomeLevels",
+    "check_same_schedule",
     "check_schedule",
     "cosine_betas",
     "discrete",
@@ -31,9 +34,12 @@ __all__ = [
     "flow",
     "from_log_snr",
     "linear_betas",
+    "made_of",
+    "of_schedule",
     "resolution_shift",
     "scaled_linear_betas",
     "sequence_shift",
+    "some_levels",
     "sub_vp",
     "ve",
     "vp_cosine",

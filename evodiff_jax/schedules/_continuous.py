@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from evodiff_jax.numerics import factory, namespace
+from evodiff_jax.numerics import checked_arguments, factory, namespace
 from evodiff_jax.schedules._schedule import NoiseSchedule, ScheduleFn
+from evodiff_jax.types import check_function
 
 
 @factory
@@ -131,7 +132,8 @@ def flow(shift: float = 1.0, t_min: float = 1e-3, t_max: float = 0.999) -> Noise
     return NoiseSchedule(alpha, sigma, t_min=t_min, t_max=t_max, time=time)
 
 
-def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> float:
+@checked_arguments
+def resolution_shift(tokens: float, base_tokens: float, base_shift: float = 1.0) -> float:
     """The shift that gives a larger image the signal of a base size: base_shift sqrt(tokens / base_tokens).
 
     Args:
@@ -154,10 +156,11 @@ def resolution_shift(tokens: int, base_tokens: int, base_shift: float = 1.0) -> 
     return base_shift * math.sqrt(tokens / base_tokens)
 
 
+@checked_arguments
 def sequence_shift(
-    tokens: int,
-    base_tokens: int = 256,
-    max_tokens: int = 4096,
+    tokens: float,
+    base_tokens: float = 256,
+    max_tokens: float = 4096,
     base_log_shift: float = 0.5,
     max_log_shift: float = 1.15,
 ) -> float:
@@ -182,10 +185,13 @@ def sequence_shift(
             "sequence_shift needs tokens > 0 and base_tokens different from max_tokens, got "
             f"tokens={tokens}, base_tokens={base_tokens}, max_tokens={max_tokens}"
         )
-    fraction = (tokens - base_tokens) / (max_tokens - base_tokens)
-    return math.exp(base_log_shift + (max_log_shift - base_log_shift) * fraction)
+    log_shift = base_log_shift + (max_log_shift - base_log_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+    if not abs(log_shift) < 100:
+        raise ValueError(f"sequence_shift needs a log-shift within -100 .. 100, got {log_shift} for tokens={tokens}")
+    return math.exp(log_shift)
 
 
+@checked_arguments
 def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: ScheduleFn | None = None) -> NoiseSchedule:
     """The variance-preserving schedule with a log-SNR of your own: alpha^2 = sigmoid(log_snr), sigma^2 = 1 - alpha^2.
 
@@ -205,6 +211,7 @@ def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: Schedule
       >>> round(float(schedule.time(schedule.lambda_(0.3))), 6)
       0.3
     """
+    check_function("log_snr", log_snr, "log_snr(t)")
     alpha, sigma = (functools.partial(_root_sigmoid, log_snr, sign) for sign in (1, -1))
     return NoiseSchedule(alpha, sigma, t_min, t_max, time)  # pyright: ignore[reportArgumentType]
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import checked_arguments, concrete_array, namespace
 from evodiff_jax.schedules._schedule import NoiseSchedule
 
+_LOG_OF_NOTHING = -100.0  # of alphas_cumprod before the last level, whose smallest published value is e^-20
 _NEAR_ZERO = 0.02  # models are trained down to 0.005 (Stable Diffusion) or less, whose square root is 0.07
 
 
+@checked_arguments
 def discrete(
     betas: ArrayLike | None = None, *, alphas_cumprod: ArrayLike | None = None, t_min: float = 0.0
 ) -> NoiseSchedule:
@@ -46,12 +48,18 @@ def discrete(
     """
     if (betas is None) == (alphas_cumprod is None):
         raise ValueError("discrete needs either betas or alphas_cumprod")
-    given = np.asarray(betas if alphas_cumprod is None else alphas_cumprod, np.float64)
+    name, value = ("betas", betas) if alphas_cumprod is None else ("alphas_cumprod", alphas_cumprod)
+    given = concrete_array(name, value)
     if given.ndim != 1 or given.size < 2:
-        raise ValueError(f"discrete needs a one-dimensional array of at least 2 levels, got shape {given.shape}")
+        raise ValueError(f"discrete needs one-dimensional {name} of at least 2 levels, got shape {given.shape}")
     if alphas_cumprod is None:
         if not ((given > 0) & (given <= 1)).all():
             raise ValueError(f"betas must be above 0 and at most 1, got {given.min()} to {given.max()}")
+        if (given[:-1] == 1).any() or np.log1p(-given[:-1]).sum() < _LOG_OF_NOTHING:
+            raise ValueError(
+                f"betas from {given.min():.4g} to {given.max():.4g} leave no signal long before the last level: they "
+                "are the variances of single steps (not alphas = 1 - betas, nor alphas_cumprod)"
+            )
         with np.errstate(divide="ignore"):  # a last beta of 1 is zero terminal SNR
             log_cumprod = np.cumsum(np.log1p(-given))
         signal, noise = np.exp(log_cumprod), -np.expm1(log_cumprod)
@@ -92,18 +100,62 @@ def _time(from_data: np.ndarray, from_noise: np.ndarray, nodes: np.ndarray, lamb
     return xp.where(lambda_ > 0, near_data, near_noise)
 
 
+@checked_arguments
 def linear_betas(num_timesteps: int = 1000, first: float = 1e-4, last: float = 0.02) -> np.ndarray:
-    """Equally spaced betas (Ho, Jain, Abbeel, arXiv 2006.11239, section 4), float64."""
+    """Equally spaced betas (Ho, Jain, Abbeel, arXiv 2006.11239, section 4).
+
+    Args:
+      num_timesteps: their number n.
+      first: the first of them, above 0.
+      last: the last and largest, at most 1.
+
+    Returns:
+      (n,), float64.
+
+    Raises:
+      ValueError: when n is not a positive integer, or unless 0 < first <= last <= 1.
+    """
+    _check_betas("linear_betas", num_timesteps, first, last)
     return np.linspace(first, last, num_timesteps)
 
 
+@checked_arguments
 def scaled_linear_betas(num_timesteps: int = 1000, first: float = 0.00085, last: float = 0.012) -> np.ndarray:
-    """Betas with equally spaced square roots, of latent diffusion (Rombach et al., arXiv 2112.10752), float64."""
+    """Betas with equally spaced square roots, of latent diffusion (Rombach et al., arXiv 2112.10752).
+
+    Args:
+      num_timesteps: their number n.
+      first: the first of them, above 0.
+      last: the last and largest, at most 1.
+
+    Returns:
+      (n,), float64.
+
+    Raises:
+      ValueError: when n is not a positive integer, or unless 0 < first <= last <= 1.
+    """
+    _check_betas("scaled_linear_betas", num_timesteps, first, last)
     return np.linspace(math.sqrt(first), math.sqrt(last), num_timesteps) ** 2
 
 
+@checked_arguments
 def cosine_betas(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
-    """The betas of the cosine schedule, limited (Nichol & Dhariwal, arXiv 2102.09672, Eq. 17), float64."""
+    """The betas of the cosine schedule, limited (Nichol & Dhariwal, arXiv 2102.09672, Eq. 17).
+
+    Args:
+      num_timesteps: their number n.
+      s: the offset of the paper, which keeps the first betas from vanishing, at least 0.
+      max_beta: what no beta exceeds, above 0 and at most 1.
+
+    Returns:
+      (n,), float64.
+
+    Raises:
+      ValueError: when n is not a positive integer, s is negative, or unless 0 < max_beta <= 1.
+    """
+    _check_betas("cosine_betas", num_timesteps, max_beta, max_beta)
+    if not 0 <= s < math.inf:
+        raise ValueError(f"cosine_betas needs s of at least 0, got {s}")
     angle = math.pi / 2 * (np.arange(num_timesteps + 1) / num_timesteps + s) / (1 + s)
     level = np.cos(angle) ** 2
     return np.minimum(1 - level[1:] / level[:-1], max_beta)
@@ -126,10 +178,21 @@ def zero_terminal_snr(alphas_cumprod: ArrayLike) -> np.ndarray:
     References:
       Lin, Liu, Li, Yang, arXiv 2305.08891, algorithm 1.
     """
-    root = np.sqrt(np.asarray(alphas_cumprod, np.float64))
-    if root.ndim != 1 or not root[0] > root[-1]:
-        raise ValueError("zero_terminal_snr needs a one-dimensional, decreasing alphas_cumprod")
+    given = concrete_array("alphas_cumprod", alphas_cumprod)
+    if given.ndim != 1 or given.size < 2 or not ((given >= 0) & (given <= 1)).all() or not given[0] > given[-1]:
+        raise ValueError(
+            "zero_terminal_snr needs a one-dimensional, decreasing alphas_cumprod from 0 to 1, got "
+            f"{np.array2string(given, threshold=6)}"
+        )
+    root = np.sqrt(given)
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
+def _check_betas(name: str, num_timesteps: int, first: float, last: float) -> None:
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(f"{name} needs a positive integer for num_timesteps, got {num_timesteps!r}")
+    if not 0 < first <= last <= 1:
+        raise ValueError(f"{name} needs betas above 0 that do not decrease and are at most 1, got {first} to {last}")
 
 
 def _interpolated(t: Any, table: np.ndarray) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evodiff_jax.numerics import at_least_float32, namespace, on_host, widened
+from evodiff_jax.numerics import at_least_float32, concrete_array, namespace, on_host, widened
 from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, widest
 
 ScheduleFn = Callable[[Any], Any]
@@ -52,6 +52,8 @@ class NoiseSchedule:
       num_timesteps: n for a model trained at n discrete noise levels, t being their index 0 .. n - 1, else None.
 
     Raises:
+      TypeError: when alpha, sigma or time is no function, t_min or t_max no number, or num_timesteps no positive
+        integer.
       ValueError: when t_min >= t_max, or alpha or sigma is negative or not finite, or alpha / sigma does not
         decrease with t, or `time` is not the inverse of `lambda_`.
     """
@@ -64,6 +66,13 @@ class NoiseSchedule:
     num_timesteps: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "sigma", "time"):
+            if not callable(getattr(self, name)) and not (name == "time" and self.time is None):
+                raise TypeError(f"a schedule needs a function of t for {name}, got {getattr(self, name)!r}")
+        if not (self.num_timesteps is None or (_is_integer(self.num_timesteps) and self.num_timesteps > 0)):
+            raise TypeError(f"num_timesteps must be a positive integer or None, got {self.num_timesteps!r}")
+        for name in ("t_min", "t_max"):
+            object.__setattr__(self, name, _scalar(name, getattr(self, name)))
         if not (math.isfinite(self.t_min) and math.isfinite(self.t_max) and self.t_min < self.t_max):
             raise ValueError(f"a schedule needs finite t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}")
         for name in ("alpha", "sigma"):
@@ -120,10 +129,16 @@ class NoiseSchedule:
           >>> bool(abs(x_T.std() - 80) < 1)
           True
         """
-        is_shape = lambda value: isinstance(value, tuple | list) and all(isinstance(n, int | np.integer) for n in value)
+        is_shape = lambda value: isinstance(value, tuple | list) and all(map(_is_integer, value)) and len(value) > 0
         shapes = [tuple(shape)] if is_shape(shape) else jax.tree.leaves(shape, is_leaf=is_shape)
         if not all(map(is_shape, shapes)) or not shapes:
             raise TypeError(f"shape must be a tuple of integers (B, ...), or a pytree of such, got {shape!r}")
+        try:
+            floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:
+            floating = False
+        if dtype is None or not floating:
+            raise TypeError(f"dtype must be a floating-point dtype, for example jnp.bfloat16, got {dtype!r}")
         empty = jax.tree.map(lambda s: jnp.zeros(tuple(s), dtype), shape, is_leaf=is_shape)
         return self.add_noise(empty, self.t_max, key)
 
@@ -151,9 +166,11 @@ class NoiseSchedule:
           >>> x = ed.sample(lambda x, t: x / (1 + t**2), x, ed.plan(schedule, times, ed.solvers.unipc(2)))
         """
         x_0 = check_state(x_0, "x_0")
-        if np.ndim(t) != 0:
-            raise ValueError(f"t must be a scalar, got shape {np.shape(t)}")
-        if not isinstance(t, Tracer) and not self.t_min <= float(np.asarray(t)) <= self.t_max * (1 + 1e-6):
+        slack = 1e-6 * (self.t_max - self.t_min)  # a float32 time of a float64 grid
+        if isinstance(t, Tracer):
+            if t.ndim:
+                raise ValueError(f"t must be a scalar, got shape {t.shape}")
+        elif not self.t_min - slack <= _scalar("t", t) <= self.t_max + slack:
             raise ValueError(f"t must be within the schedule's {self.t_min:g} to {self.t_max:g}, got {t}")
         t = jnp.asarray(t, widest(jax.tree.leaves(x_0)))
         alpha, sigma = self.alpha(t), self.sigma(t)
@@ -163,6 +180,17 @@ class NoiseSchedule:
             return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
 
         return jax.tree.map(noisy, x_0, normal_like(check_keys(key, batch_size(x_0)), x_0))
+
+
+def _scalar(name: str, value: Any) -> float:
+    number = concrete_array(name, value)
+    if number.ndim:
+        raise ValueError(f"{name} must be a scalar, got shape {number.shape}")
+    return float(number)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_schedule(schedule: Any) -> None:
