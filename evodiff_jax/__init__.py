@@ -1,5 +1,9 @@
 """Few-step sampling of diffusion and flow models in JAX: EVODiff and the solvers it is compared with."""
 
+from evodiff_jax import interrupts
+
+interrupts.watch_command()  # before JAX is imported, which takes most of the command's start
+
 from evodiff_jax import denoisers, editing, grids, quadrature, schedules, solvers, statistics, tables, testing
 from evodiff_jax.citations import citation
 from evodiff_jax.sampling import RunState, Trace, init, plan, sample, sample_with_trace, update

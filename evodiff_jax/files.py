@@ -5,29 +5,54 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+_unfinished: set[Path] = set()
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file that is complete or not there.
+    """Writes a file that is complete or not there; where the path is a link, the file that it leads to.
 
     A reader, or a run that is killed, never meets half a file.
 
     Raises:
-      OSError: when it cannot be written; an older file of that name stays as it is.
+      OSError: when it cannot be written, with the file's name; an older file of that name stays as it is.
     """
-    temporary = write_temporary(path, write)
+    place = _behind_links(path)
+    temporary = _write_temporary(place, write)
     try:
-        os.replace(temporary, path)
+        os.replace(temporary, place)
     finally:
+        temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if a file of this name could not be written; permission bits do not tell all."""
+    temporary = _write_temporary(_behind_links(path), lambda file: None)
+    temporary.unlink()
+    _unfinished.discard(temporary)
+
+
+def discard_unfinished() -> None:
+    """Removes the temporary files of writes in progress, for a process that is about to end."""
+    for temporary in tuple(_unfinished):
         temporary.unlink(missing_ok=True)
 
 
-def write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
     """Writes a file next to `path` and returns its path; it is gone if writing fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _unfinished.add(temporary)
     try:
         with temporary.open("wb") as file:
             write(file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
         raise
     return temporary

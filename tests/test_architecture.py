@@ -15,7 +15,7 @@ ROOT = Path(evodiff_jax.__file__).parent
 
 # A module may import those of its own line and the lines above it, never one below.
 LAYERS = [
-    ["types", "numerics", "files", "extras", "preconditioning"],
+    ["types", "numerics", "files", "interrupts", "extras", "preconditioning"],
     ["tables", "schedules", "sums"],
     ["kernel", "quadrature", "denoisers", "grids", "statistics"],
     ["solvers", "citations"],

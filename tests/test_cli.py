@@ -1,9 +1,13 @@
 import contextlib
+import errno
 import functools
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -130,6 +134,8 @@ def test_bad_checkpoints(capsys, folder, tiny):
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, folder / "foreign.safetensors")
     write_model(folder / "two.safetensors", UNetConfig(**{**CONFIG.__dict__, "image_shape": (8, 8, 2)}))
     write_model(folder / "broken.safetensors", CONFIG, fill=np.nan)
+    write_model(folder / "integers.safetensors", CONFIG, dtype=np.int32)
+    write_model(folder / "huge.safetensors", CONFIG, image_shape=[100_000, 100_000, 1])
     classifier = str(PACKAGED.with_name("fashion_mnist_classifier.safetensors"))
     for path, reason in (
         ("half.safetensors", "damaged"),
@@ -138,6 +144,8 @@ def test_bad_checkpoints(capsys, folder, tiny):
         (classifier, "expected a diffusion model"),
         ("two.safetensors", "2 channels"),
         ("broken.safetensors", "not finite"),
+        ("integers.safetensors", "has numbers of type int32, floating-point ones are needed"),
+        ("huge.safetensors", "images of 100000 x 100000 have 2,500,000,000 positions at the coarsest level"),
         (str(folder), "no file"),
     ):
         assert_refused(capsys, folder, ["sample", "--num", "1", "--steps", "1", "--checkpoint", path], reason)
@@ -157,7 +165,65 @@ def test_a_failed_write_leaves_what_was_there(folder):
     assert list(folder.iterdir()) == [path]
 
 
+def out_of_space(file):
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_names_the_file(folder):
+    with pytest.raises(OSError, match=r"No space left on device: '.*samples\.npz'"):
+        files.write_atomically(folder / "samples.npz", out_of_space)
+    assert list(folder.iterdir()) == []
+
+
+def test_one_file_that_cannot_be_written_does_not_cost_the_others(folder):
+    writes = {folder / "a": lambda file: file.write(b"a"), folder / "b": out_of_space}
+    writes[folder / "c"] = lambda file: file.write(b"c")
+    with pytest.raises(OSError, match=r"No space left on device: '.*b'"):
+        cli_sample.write_all(writes)
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "c"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link(folder, exists):
+    target = folder / "target"
+    target.mkdir()
+    if exists:
+        (target / "x.png").write_bytes(b"before")
+    link = folder / "x.png"
+    link.symlink_to(target / "x.png")
+    files.check_writable(link)
+    files.write_atomically(link, lambda file: file.write(b"after"))
+    assert link.is_symlink()
+    assert (target / "x.png").read_bytes() == b"after"
+    assert sorted(path.name for path in target.iterdir()) == ["x.png"]
+
+
 # The process
+
+
+@pytest.mark.parametrize("seconds", [0.3, 4.0])  # while JAX is imported; while the sampler compiles or runs
+def test_ctrl_c_ends_the_process_with_one_line(folder, seconds):
+    command = [sys.executable, "-m", "evodiff_jax", "sample", "--num", "50000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output, errors) == (130, b"", b"evodiff-jax: interrupted\n")
+    assert list(folder.iterdir()) == []
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_nothing(folder):
+    code = (
+        "import pathlib, time; from evodiff_jax import files, interrupts\n"
+        "with interrupts.watched():\n"
+        "    files.write_atomically(pathlib.Path('x'), lambda file: (print('on', flush=True), time.sleep(100)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=folder) as process:
+        assert process.stdout.readline() == b"on\n"
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert list(folder.iterdir()) == []
 
 
 def test_process_fails_quickly_and_without_traceback():

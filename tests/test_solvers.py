@@ -399,6 +399,7 @@ def test_weights_integrate_polynomials_exactly():
         (lambda: s.dpm_solver_pp(True), "order of 1 to 3, got True"),
         (lambda: s.dpm_solver_pp(2, method="single"), "method to be one of 'multistep', 'singlestep', got 'single'"),
         (lambda: s.dpm_solver(2, variant="taylor"), "variant to be one of 'midpoint', 'heun', got 'taylor'"),
+        (lambda: s.ipndm_v("4"), "order of 1 to 4, got '4'"),
         (lambda: s.sde_dpm_solver_pp(4), "order of 1 to 3, got 4"),
         (lambda: s.sde_dpm_solver_pp(2, variant="Heun"), "variant to be one of 'midpoint', 'heun', got 'Heun'"),
         (lambda: s.sde_dpm_solver_pp(2, -1.0), "tau >= 0, got -1.0"),

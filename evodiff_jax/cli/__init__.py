@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import jax
 
-from evodiff_jax import __version__
+from evodiff_jax import __version__, interrupts
 from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 
@@ -35,18 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        with contextlib.suppress(SystemExit):  # --help and --version leave the parser this way when they have printed
+        # --help and --version leave the parser with SystemExit when they have printed.
+        with interrupts.watched(), contextlib.suppress(SystemExit):
             args = _parser().parse_args(argv)
             args.run(args)
         _flush_stdout()
     except BrokenPipeError:
         _drop_stdout()
         return 141
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+        sys.stderr.write(interrupts.MESSAGE)
+        return interrupts.INTERRUPTED
     return 0
 
 

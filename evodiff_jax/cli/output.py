@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evodiff_jax.files import write_temporary
+from evodiff_jax.files import check_writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,7 +63,7 @@ def check_output(option: str, path: Path, suffix: str) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
     try:
-        write_temporary(path, lambda file: None).unlink()  # permission bits do not tell all
+        check_writable(path)
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write {str(path)!r}: {error.strerror}") from error
 
@@ -75,6 +75,6 @@ def check_folder(option: str, path: Path) -> None:
             raise ValueError(f"argument {option}: there is no folder {str(path.parent)!r}")
         if path.exists() and not path.is_dir():
             raise ValueError(f"argument {option}: {str(path)!r} is a file, a folder is needed")
-        write_temporary(path / "test" if path.exists() else path, lambda file: None).unlink()
+        check_writable(path / "test" if path.exists() else path)
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write to {str(path)!r}: {error.strerror}") from error

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -113,9 +113,12 @@ def run_sample(args: argparse.Namespace) -> None:
     if not np.isfinite(run.images).all():
         raise ValueError(f"the samples are not finite: {args.checkpoint} is unusable, or needs other settings")
 
+    writes: dict[Path, Callable[[IO[bytes]], Any]] = {
+        args.out: lambda file: make_picture(run.images, labels).save(file, format="PNG")
+    }
     if args.npz is not None:
-        write_atomically(args.npz, lambda file: np.savez(file, images=run.images, labels=labels))
-    write_atomically(args.out, lambda file: make_picture(run.images, labels).save(file, format="PNG"))
+        writes[args.npz] = lambda file: np.savez(file, images=run.images, labels=labels)
+    write_all(writes)
 
     calls = int(run_of.calls)
     # Scales 0 and 1 need one of the two predictions only.
@@ -211,6 +214,22 @@ def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, 
             images.append(np.asarray(x))
             bar.update(min(batch, num - bar.n))
     return Run(np.concatenate(images)[:num], compiled_at - start, sampling / len(indices))
+
+
+def write_all(writes: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
+    """Writes as many of the files as can be written.
+
+    Raises:
+        OSError: one or more could not be written; the message names all of them.
+    """
+    failures: list[OSError] = []
+    for path, write in writes.items():
+        try:
+            write_atomically(path, write)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise OSError("; ".join(map(str, failures))) from failures[0]
 
 
 def _letters(name: str) -> str:

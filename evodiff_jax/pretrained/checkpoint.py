@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -123,7 +124,7 @@ def restore(template: Any, checkpoint: Checkpoint, path: str | os.PathLike[str])
         A tree like `template`, of NumPy arrays.
 
     Raises:
-        ValueError: an array is missing, left over, or of another shape.
+        ValueError: an array is missing, left over, of another shape, or of integers where it must not be.
     """
     expected = _named_leaves(template)
     if missing := sorted(set(expected) - set(checkpoint.arrays)):
@@ -131,6 +132,9 @@ def restore(template: Any, checkpoint: Checkpoint, path: str | os.PathLike[str])
     if extra := sorted(set(checkpoint.arrays) - set(expected)):
         raise ValueError(f"{path} has the unknown {extra[0]} ({len(extra)} in all); it does not fit its settings")
     for name, leaf in expected.items():
+        stored = checkpoint.arrays[name].dtype
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.issubdtype(stored, jnp.floating):
+            raise ValueError(f"{path}: {name} has numbers of type {stored}, floating-point ones are needed")
         if checkpoint.arrays[name].shape != leaf.shape:
             raise ValueError(
                 f"{path}: {name} has shape {checkpoint.arrays[name].shape}, its settings need {leaf.shape}"

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+_MOST_POSITIONS = 2**14  # one head's attention weights of one image are then 1 GiB
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -92,12 +93,18 @@ class UNetConfig:
 
 
 def _check_size(config: UNetConfig, size: tuple[int, ...]) -> None:
-    """Raises a ValueError if an image of (height, width) cannot be halved at every level."""
+    """Raises a ValueError if an image of (height, width) cannot be halved at every level, or is too large."""
     step = config.patch * 2 ** (len(config.widths) - 1)
     if any(side % step for side in size):
         raise ValueError(
             f"image sides must be multiples of patch * 2^(levels - 1) = {step}, got {size[0]} x {size[1]}; "
             "pad the images or change patch or widths"
+        )
+    positions = math.prod(side // step for side in size)
+    if positions > _MOST_POSITIONS:
+        raise ValueError(
+            f"images of {size[0]} x {size[1]} have {positions:,} positions at the coarsest level, where attention takes"
+            f" memory by the square of that: at most {_MOST_POSITIONS:,} are possible, add levels or use smaller images"
         )
 
 
