@@ -12,7 +12,14 @@
 * `x_T`, of shape (2, 3), is the first state where the scheduler's state is alpha x_0 + sigma noise. Where it is divided
   by alpha so is `x_T`; for EDM it is multiplied by the first sigma.
 * `noise[i]` stands in for the noise of call i.
-* The betas are scaled_linear, 0.00085 to 0.012. `steps_offset` is 1, `clip_sample` False.
+* The betas are scaled_linear, 0.00085 to 0.012. The options are the schedulers' own defaults but for `steps_offset` 1,
+  `clip_sample` False, `use_..._sigmas` and `timestep_spacing` as the grid is named, and what the solver's name says.
+  The last sigma is "sigma_min" on linspace/9 and linspace/27 and "zero" elsewhere. `set_alpha_to_one` is False on
+  "leading" and True on "leading to 0". DPMSolverSinglestepScheduler has `lower_order_final` True. "full" is
+  `lower_order_final` False, and "euler" `euler_at_final` True beside that. The tau of SASolverScheduler is constant but
+  for "interval", its default. "karras before 0" is the state before the last step. IPNDMScheduler has `trained_betas`,
+  in truth sigmas, of the timesteps 901, 801, ..., 1, 0 and gets v. "flow" has `shift` or `flow_shift` 3;
+  FlowMatchEulerDiscreteScheduler gets `sigmas` from 1 to 0.1 on flow/10 and none on "flow shifted again".
 
 `runs` are the names of the `samples`, solver/grid/steps: `SOLVERS` and `GRIDS` below say what they are here, and the
 schedulers are those of like names (`plms` and `pndm` are PNDMScheduler, `sa` is SASolverScheduler, and so on).
