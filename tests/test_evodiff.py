@@ -91,3 +91,10 @@ def test_zeta_and_eta_are_within_the_bounds_of_their_definition(steps, x64):
         assert np.all((zeta > 0) & (zeta < 1))
         if steps <= 20:
             assert np.all(zeta >= 1 / (1 + np.exp(0.5)) - 1e-12)
+
+
+def test_the_form_of_zeta_changes_above_twenty_steps_as_in_the_release():
+    for steps, few in ((19, 1), (20, 1), (21, 0)):
+        data = evodiff().table(EDM, ed.grids.log_snr(EDM, steps)).data
+        np.testing.assert_array_equal(data.corrected.few_steps, few)
+        np.testing.assert_array_equal(data.predicted.few_steps, few)

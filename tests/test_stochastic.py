@@ -208,3 +208,36 @@ def test_churn_raises_the_level_by_its_share_of_a_step(x64):
     times = ed.grids.log_snr(schedule, 40)
     starts = s.heun(s_churn=10.0).table(schedule, times).time[::2]
     np.testing.assert_allclose(starts, np.minimum(1.25 * times[:-1], times[0]), rtol=1e-12)
+
+
+def test_churn_is_in_the_range_of_levels_with_its_ends_and_its_noise_is_scaled():
+    """At s_tmin and at s_tmax there is churn; s_noise multiplies the noise and moves no level."""
+    schedule, times = SCHEDULES["edm"], np.array([80.0, 2.0, 1.0, 0.5, 0.1])
+    for low, high, churned in ((1.0, 1.0, [2]), (1.0, 10.0, [1, 2]), (0.5, 1.0, [2, 3])):
+        starts = s.heun(s_churn=1.0, s_tmin=low, s_tmax=high).table(schedule, times).time[::2]
+        raised = np.where(np.isin(np.arange(4), churned), 1.25, 1.0)
+        np.testing.assert_allclose(starts, raised * times[:-1], rtol=1e-12)
+    plain, scaled = (s.heun(s_churn=1.0, s_noise=noise).table(schedule, times) for noise in (1.0, 1.2))
+    np.testing.assert_allclose(scaled.noise, 1.2 * plain.noise)
+    assert plain.noise.max() > 0
+    chex.assert_trees_all_equal(scaled._replace(noise=None), plain._replace(noise=None))
+
+
+def test_sa_solver_takes_tau_at_the_ends_of_steps():
+    schedule, times = PROBLEMS["vp_linear"], np.array([1.0, 0.6, 0.4, 0.2, 0.05])
+    noise = s.sa_solver(2, 2, lambda t: 0.0 + (t > 0.3)).table(schedule, times).noise
+    assert (noise[:2] > 0).all()
+    np.testing.assert_array_equal(noise[2:], 0)
+
+
+@pytest.mark.parametrize("orders", [(1, 2), (2, 2), (2, 3), (3, 4)])
+def test_sa_solver_corrects_its_first_step_with_the_outputs_at_both_ends(orders, x64):
+    """A data prediction that is linear in lambda is then integrated exactly."""
+    schedule, x_T = PROBLEMS["edm"], jnp.ones((1, 1))
+    times = ed.grids.log_snr(schedule, 4)
+    _, sigma, lambda_ = schedule.levels(times[:2])
+    denoise = lambda x, t: jnp.full_like(x, schedule.lambda_(t))
+    plan = ed.plan(schedule, times, s.sa_solver(*orders, 0.0))
+    _, trace = ed.sample_with_trace(denoise, x_T, plan)
+    start, end = (lambda_ - 1) * np.exp(lambda_)  # the integral of lambda e^lambda
+    np.testing.assert_allclose(trace.states[1], sigma[1] / sigma[0] + sigma[1] * (end - start), rtol=1e-12)
