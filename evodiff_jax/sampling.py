@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax import kernel
-from evodiff_jax.numerics import at_least_float32, concrete_array, on_host
+from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
 from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, pad
 from evodiff_jax.types import (
@@ -46,6 +46,7 @@ class Trace(NamedTuple):
     rule: Any
 
 
+@checked_arguments
 def plan(
     schedule: NoiseSchedule,
     times: ArrayLike,
@@ -84,11 +85,9 @@ def plan(
     """
     check_schedule(schedule)
     check_solver(solver)
-    if not isinstance(denoise_to_zero, bool | np.bool_):
-        raise TypeError(f"denoise_to_zero must be True or False, got {denoise_to_zero!r}")
     if max_calls is not None and (isinstance(max_calls, bool) or not isinstance(max_calls, int | np.integer)):
         raise TypeError(f"max_calls must be an integer or None, got {max_calls!r}")
-    laid_out = plan_from_times(schedule, check_times(times, schedule), solver, bool(denoise_to_zero))
+    laid_out = plan_from_times(schedule, check_times(times, schedule), solver, denoise_to_zero)
     calls = laid_out.table.time.shape[0]
     if max_calls is None:
         return laid_out
@@ -170,7 +169,9 @@ def sample(
         See `denoisers.from_prediction` for networks that predict something else. A function of x_0 and t put around it
         acts on every data prediction of the run.
       x_T: (B, ...) noise at the plan's first time, from `schedule.noise(key, shape)`, in the floating-point dtype of
-        the run. Its first axis is the batch; images are NHWC. Or a pytree of such arrays, all with the same B.
+        the run. Or a pytree of such arrays, all with the same B. The first axis is always the batch: an image without
+        one would be taken for a batch of rows. Images are (B, H, W, C); for (B, C, H, W) give solvers that have a
+        `channel_axis` 1 there.
       plan: from `plan`. A stacked one needs `jax.vmap`.
       key: a random key, or one for each sample (B,), with which sample k depends on key k alone. Needed by stochastic
         solvers and unused by the others. Under `vmap` or `shard_map` one key for all gives all the same noise.

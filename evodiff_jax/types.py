@@ -31,7 +31,8 @@ def check_state(x: Any, name: str) -> State:
         raise TypeError(f"{name} must be an array or a pytree of arrays, got {x!r}")
     for leaf in leaves:
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"{name} must be an array or a pytree of arrays, got a leaf {leaf!r}")
+            advice = ": convert it with jnp.asarray" if isinstance(leaf, int | float) else ""
+            raise TypeError(f"{name} must be an array or a pytree of arrays, got a leaf {leaf!r}{advice}")
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"{name} must be floating-point, got {dtype}: convert it, for example with astype(float)")

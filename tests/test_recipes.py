@@ -352,6 +352,7 @@ def of_the_reader():
         "params": jnp.float32(0.5),
         "denoise": mixture(VP),
         "loss": lambda x: jnp.mean(x**2),
+        "data": np.random.default_rng(6).standard_normal((32, 4, 4, 2)).astype(np.float32),
         "betas": ed.schedules.scaled_linear_betas(),
         "discrete": DISCRETE,
     }
@@ -445,6 +446,11 @@ def check_refused(n):
         pytest.fail(f"{mistake}: accepted")
 
 
+def check_reading(n):
+    assert n["fit"].error == pytest.approx(1, abs=0.1)
+    assert "use denoisers.from_prediction(fn, schedule, 'epsilon')" in n["advice"]
+
+
 BLOCKS = {
     "Recipes": check_start,
     "Other steps, grids and solvers without compiling again": check_steps,
@@ -455,6 +461,7 @@ BLOCKS = {
     "Gradients": check_gradients,
     "Many devices": check_devices,
     "Export": check_export,
+    "Is the network read as it was trained?": check_reading,
     "Silent traps": check_refused,
 }
 

@@ -213,7 +213,7 @@ def test_the_rule_has_no_part_in_denoising_to_zero():
         ({"max_calls": 4, "denoise_to_zero": True}, ValueError, "takes 5 model calls"),
         ({"max_calls": 7, "solver": ed.solvers.heun()}, ValueError, "heun takes 8 model calls"),
         ({"max_calls": 40.0}, TypeError, "max_calls must be an integer or None, got 40.0"),
-        ({"denoise_to_zero": "no"}, TypeError, "denoise_to_zero must be True or False, got 'no'"),
+        ({"denoise_to_zero": "no"}, TypeError, "plan needs True or False for denoise_to_zero, got 'no'"),
         ({"times": TIMES[:1]}, ValueError, "N \\+ 1 >= 2 times"),
         ({"times": TIMES[None]}, ValueError, "in one dimension"),
         ({"times": 4}, ValueError, "in one dimension, got shape \\(\\)"),

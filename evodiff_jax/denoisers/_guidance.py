@@ -1,6 +1,5 @@
 """Guidance: data predictions moved towards a condition, without a classifier and with one."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.denoisers._prediction import check_signal
-from evodiff_jax.numerics import checked_arguments
+from evodiff_jax.numerics import checked_arguments, concrete_array
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, per_sample, widest
 
@@ -218,5 +217,6 @@ def _check_interval(interval: Any, schedule: Any) -> None:
         return
     if schedule is None:
         raise TypeError("interval needs schedule, a NoiseSchedule, to know the noise level at t")
-    if not (isinstance(interval, tuple | list) and len(interval) == 2 and 0 <= interval[0] < interval[1] <= math.inf):
+    low_high = concrete_array("interval", interval)
+    if low_high.shape != (2,) or not 0 <= low_high[0] < low_high[1]:
         raise ValueError(f"interval must be (low, high) with 0 <= low < high, in sigma / alpha, got {interval!r}")

@@ -189,7 +189,7 @@ def zero_terminal_snr(alphas_cumprod: ArrayLike) -> np.ndarray:
 
 
 def _check_betas(name: str, num_timesteps: int, first: float, last: float) -> None:
-    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
         raise ValueError(f"{name} needs a positive integer for num_timesteps, got {num_timesteps!r}")
     if not 0 < first <= last <= 1:
         raise ValueError(f"{name} needs betas above 0 that do not decrease and are at most 1, got {first} to {last}")
