@@ -104,6 +104,11 @@ def test_networks_see_the_time_they_were_trained_with():
     kappa = VP.sigma(0.3) / VP.alpha(0.3)
     np.testing.assert_allclose(time_seen(VP, "edm", 0.3), np.log(kappa) / 4, rtol=1e-5)
     np.testing.assert_allclose(time_seen(VP, "edm", 0.3, time="sigma"), kappa, rtol=1e-5)
+    np.testing.assert_allclose(time_seen(VP, "v", 0.3, time="c_noise"), np.log(kappa) / 4, rtol=1e-5)
+    np.testing.assert_allclose(time_seen(VP, "v", 0.3, time="log_sigma"), np.log(VP.sigma(0.3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        time_seen(ed.schedules.edm(0.0), "data", 1e-9, time="log_sigma"), np.log(1e-9), rtol=1e-6
+    )
     np.testing.assert_allclose(time_seen(VP, "v", 0.3, time=lambda t: 1000 * t - 1), 299, rtol=1e-6)
 
 

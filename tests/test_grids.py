@@ -52,6 +52,8 @@ def test_the_beta_grid_has_the_quantiles_of_its_distribution():
     flow = ed.schedules.flow(t_min=0.0, t_max=1.0)
     quantiles = scipy.stats.beta.ppf(1 - np.arange(10) / 9, 0.6, 0.6)
     np.testing.assert_allclose(ed.grids.beta(flow, 9), quantiles, rtol=1e-9)
+    quantiles = scipy.stats.beta.ppf(1 - np.arange(10) / 9, 0.6, 1.4)  # of two parameters that are not the same
+    np.testing.assert_allclose(ed.grids.beta(flow, 9, 0.6, 1.4), quantiles, rtol=1e-9)
     np.testing.assert_allclose(ed.grids.beta(flow, 9, 1.0, 1.0), ed.grids.time_uniform(flow, 9), atol=1e-12)
 
 
@@ -92,6 +94,9 @@ def test_leading_timesteps_that_begin_far_from_pure_noise_need_a_start(steps, fi
 def test_leading_and_trailing_run_over_a_part():
     np.testing.assert_array_equal(ed.grids.trailing(DISCRETE, 10, start=450), [399, 299, 199, 99, 0])
     np.testing.assert_array_equal(ed.grids.leading(DISCRETE, 10, 1, start=450, end=50), [401, 301, 201, 101, 50])
+    # Ends that are timesteps themselves, each of which stands in the grid once.
+    np.testing.assert_array_equal(ed.grids.trailing(DISCRETE, 10, start=399, end=199), [399, 299, 199])
+    np.testing.assert_array_equal(ed.grids.leading(DISCRETE, 10, 1, start=401, end=201), [401, 301, 201])
 
 
 def test_leading_without_an_end_below_index_0_is_an_error():

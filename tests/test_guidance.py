@@ -92,6 +92,14 @@ def test_guidance_in_an_interval_of_noise_levels(schedule, kappa, scale, batched
     assert sum(calls) == (4 if inside and scale else 2)
 
 
+@pytest.mark.parametrize(("kappa", "inside"), [(0.25, False), (0.5, True), (2.0, True), (2.5, False)])
+def test_the_interval_has_its_upper_end_and_not_its_lower_one(kappa, inside):
+    """On EDM's schedule sigma / alpha is the time itself, without rounding."""
+    t = jnp.float32(kappa)
+    x = guided(interval=(0.25, 2.0), schedule=EDM)(X, t)
+    np.testing.assert_allclose(x, formula(3.5 if inside else 1, t=t), rtol=1e-5)
+
+
 @pytest.mark.parametrize("solver", [ed.solvers.evodiff(), ed.solvers.heun(), ed.solvers.dpm_solver_pp(2)])
 @pytest.mark.parametrize("batched", [True, False])
 def test_model_calls_and_network_evaluations_are_counted_apart(solver, batched):

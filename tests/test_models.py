@@ -90,6 +90,8 @@ def test_sigma_of_each_image():
     denoise = preconditioning.precondition(raw, SIGMA_DATA)
     together = denoise(x, sigma)
     np.testing.assert_allclose(seen[0], np.log([0.1, 1.0, 10.0]) / 4, rtol=1e-5)
+    small = preconditioning.coefficients(jnp.float32(1e-9), SIGMA_DATA).c_noise  # small, and told from sigma = 0
+    np.testing.assert_allclose(small, np.log(1e-9) / 4, rtol=1e-6)
     for i in range(3):
         np.testing.assert_allclose(together[i], denoise(x[i : i + 1], sigma[i])[0], rtol=1e-6)
 

@@ -18,6 +18,7 @@ import evodiff_jax as ed
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.numerics import enable_x64
 from evodiff_jax.solvers import ddim, dpm_solver_pp, unipc, variance_optimal
+from evodiff_jax.solvers._variance_optimal import Data, choose, init
 
 ALL_SCHEDULES = {**SCHEDULES, "flow": ed.schedules.flow(), "vp_cosine": ed.schedules.vp_cosine()}
 
@@ -84,6 +85,24 @@ def test_normal_data_far_from_the_usual_are_no_worse_than_by_ddim(deviation, x64
         for solver in (variance_optimal(), ddim())
     )
     assert ours < theirs
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
+def test_without_a_prior_the_rule_is_exact_for_data_of_one_scale(scale, x64):
+    """Its own coefficients c*, which the table of a prior completes, make both steps exact."""
+    kappa = np.array([3.0, 1.2, 0.7])
+    u = np.sqrt(scale**2 + kappa**2)  # the exact path, and the outputs on it
+    m = scale**2 / (scale**2 + kappa**2) * u
+    q, following = kappa[1:] / kappa[:-1]
+    nothing = jnp.zeros((2, 2, 5))
+    data = Data(1.0, kappa[1], q, following, 1.0, 0.0, 0.0, jnp.zeros(2), nothing, nothing)
+    change = m[1] - m[0]
+    sums = jnp.asarray((u[1] - m[1]) * change), jnp.asarray(change**2)
+    choice, _ = choose(data, sums, init(data))
+    outputs = np.array([m[1], m[0], 0, 0, 0])
+    corrected = q * u[0] + (1 - q) * (m[0] + choice.corrector @ outputs)
+    predicted = following * u[1] + (1 - following) * (m[1] + choice.predictor @ outputs)
+    np.testing.assert_allclose([corrected, predicted], u[1:], rtol=1e-10)
 
 
 # -- errors on mixtures
