@@ -164,6 +164,7 @@ def test_orders(of_mixture, x64, capsys):
 
 def test_estimated_statistics_help_at_few_calls(of_mixture, x64):
     schedule, statistics = of_mixture
+    assert 0.5 < np.abs(statistics.s).max() <= 2
     solvers = [ed.solvers.dpm_solver_v3(statistics, 2), ed.solvers.ddim()]
     v3, ddim = solutions(schedule, solvers, (6, 8, 10))
     assert np.isfinite(v3).all()

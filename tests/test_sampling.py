@@ -201,6 +201,9 @@ def test_the_trace_has_the_corrected_states_and_the_result(name, x64):
         chex.assert_trees_all_equal(trace.states[calls], x)
         chex.assert_trees_all_equal(trace.states[0], x_T)
         np.testing.assert_array_equal(np.asarray(trace.states[calls + 1 :]), 0)
+        if to_zero:  # the data prediction itself, without noise, history and rule
+            expected = denoise(trace.states[calls - 1], plan.table.time[calls - 1])
+            chex.assert_trees_all_close(x, expected, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(trace.times[:calls], plan.table.time[:calls], rtol=1e-14)
         assert float(trace.times[calls]) == pytest.approx(EDM.t_min)
         chex.assert_trees_all_close(x, run(x_T, plan), rtol=1e-12, atol=1e-13)
@@ -486,6 +489,16 @@ def test_a_hook_without_a_key_gets_none_and_one_key_a_sample_as_many():
     assert set(keys) == {None, (3,)}
 
 
+def test_the_key_of_a_hook_is_not_that_of_the_noise():
+    """Noise that a hook draws and the noise of the step after it add up as independent ones."""
+    plan = ed.plan(EDM, [1.0, 0.5], EVERY["ancestral"])
+    draw = lambda x, t, index, key: jnp.where(index < 0, x, jax.random.normal(key, x.shape))
+    x = ed.sample(lambda x, t: 0 * x, jnp.zeros((100, 100)), plan, on_state=draw, key=KEY)
+    transition, noise = plan.table.transition.item(), plan.table.noise.item()
+    assert float(jnp.var(x)) == pytest.approx(transition**2 + noise**2, rel=0.06)  # four standard errors
+    assert transition * noise > 0.1 * (transition**2 + noise**2)
+
+
 @pytest.mark.parametrize("name", ["variance_optimal", "unipc-2", "sa_solver"])
 def test_hooks_act_before_every_call_and_on_the_result_in_every_form_of_the_loop(name):
     halve = lambda x, t, index, key: x.at[..., 1].multiply(0.5)
@@ -625,6 +638,17 @@ def test_leaves_keep_dtypes_of_their_own(strict_promotion):
         x = ed.sample(model, x_T, ed.plan(EDM, ed.grids.log_snr(EDM, 6), solver))
         chex.assert_trees_all_equal_dtypes(x, x_T)
         np.testing.assert_allclose(x["low"].astype(jnp.float32), x["high"], atol=0.1)
+
+
+def test_times_are_in_the_widest_dtype_of_the_leaves(x64):
+    seen = []
+    model = lambda x, t: seen.append(t.dtype) or x
+    for dtypes in ((jnp.float32, jnp.float64), (jnp.float64, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        x_T = [jax.ShapeDtypeStruct((2, 3), dtype) for dtype in dtypes]
+        jax.eval_shape(lambda x_T: ed.sample(model, x_T, plan_of("unipc-2", 3)), x_T)
+        wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
+        assert set(seen) == {jnp.dtype(wide)}
+        seen.clear()
 
 
 # -- the registry
