@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from evodiff_jax.numerics import at_least_float32
+from evodiff_jax.numerics import at_least_float32, checked_arguments
 
 Raw = Callable[..., jax.Array]
 """A network F(scaled_x, c_noise, *args): x's shape and c_noise (B,) to x's shape."""
@@ -52,6 +52,7 @@ def coefficients(sigma: ArrayLike, sigma_data: float) -> Coefficients:
     )
 
 
+@checked_arguments
 def precondition(raw: Raw, sigma_data: float) -> Raw:
     """Turns a raw network into a denoiser.
 
@@ -65,6 +66,7 @@ def precondition(raw: Raw, sigma_data: float) -> Raw:
         with the arithmetic around the network in float32 or wider.
 
     Raises:
+        TypeError: sigma_data is no number.
         ValueError: sigma_data is not positive; when called, sigma is neither a scalar nor (B,).
     """
     if not sigma_data > 0:

@@ -24,9 +24,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from evodiff_jax.files import write_atomically
-from evodiff_jax.numerics import at_least_float32, on_host
-from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.types import Denoiser
+from evodiff_jax.numerics import at_least_float32, checked_arguments, on_host
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
+from evodiff_jax.types import Denoiser, check_function, check_keys, check_state
 
 _FORMAT = "evodiff_jax/model_statistics/1"
 # Where the model is smooth f goes from kappa^-2 at high noise to kappa at low noise: s lies between 2 and -1. Estimates
@@ -51,6 +51,7 @@ class Statistics(NamedTuple):
     b: np.ndarray
 
 
+@checked_arguments
 def estimate(
     denoise: Denoiser,
     x_0: ArrayLike,
@@ -78,19 +79,22 @@ def estimate(
       The statistics, float64.
 
     Raises:
-      TypeError: when x_0 is not floating-point.
-      ValueError: when there are fewer than two samples or levels, batch_size does not divide B, or the log-SNR is
-        infinite at an end.
+      TypeError: when denoise is no function, x_0 not floating-point, the schedule something else, or key no random key.
+      ValueError: when denoise was made for another schedule, there are fewer than two samples or levels, batch_size does
+        not divide B, or the log-SNR is infinite at an end.
     """
+    check_function("denoise", denoise, "denoise(x, t) -> x_0")
+    check_schedule(schedule)
+    check_same_schedule(denoise, some_levels(schedule), "the schedule given for the statistics")
     x_0 = jnp.asarray(x_0)
-    if not jnp.issubdtype(x_0.dtype, jnp.floating):
-        raise TypeError(f"x_0 must be floating-point, got {x_0.dtype}")
-    if x_0.ndim < 1 or len(x_0) < 2 or num_levels < 2:
+    check_state(x_0, "x_0")
+    key = check_keys(key, 1)
+    if len(x_0) < 2 or not isinstance(num_levels, int) or num_levels < 2:
         raise ValueError(
-            f"estimate needs two samples and two levels at least, got x_0 {x_0.shape}, {num_levels} levels"
+            f"estimate needs two samples and two levels at least, got x_0 {x_0.shape}, {num_levels!r} levels"
         )
     batch_size = len(x_0) if batch_size is None else batch_size
-    if batch_size < 1 or len(x_0) % batch_size:
+    if not isinstance(batch_size, int) or batch_size < 1 or len(x_0) % batch_size:
         raise ValueError(f"batch_size must divide the number of samples, {len(x_0)}, got {batch_size}")
     start, end = on_host(schedule.lambda_, [schedule.t_max, schedule.t_min])
     if not np.isfinite([start, end]).all():

@@ -83,6 +83,7 @@ def test_functions_of_a_schedule_and_a_denoiser_of_another():
         lambda: ed.denoisers.classifier_guidance(FROM_PREDICTION, lambda x, t: x.sum(1), EDM, 1.0),
         lambda: ed.denoisers.classifier_free_guidance(CONDITIONAL, X, X, 2.0, interval=(0.0, 1.0), schedule=EDM),
         lambda: ed.editing.inpaint(FROM_PREDICTION, X, mask, EDM, key=KEY),
+        lambda: ed.statistics.estimate(FROM_PREDICTION, X, EDM, key=KEY),
     ):
         with pytest.raises(ValueError, match="another schedule than the schedule given for"):
             call()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evodiff_jax import quadrature
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import checked_arguments, namespace
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.statistics import Statistics
 from evodiff_jax.tables import Solver, Table
@@ -37,6 +37,7 @@ class _Curves(NamedTuple):
     integral_s: Any
 
 
+@checked_arguments
 def dpm_solver_v3(
     statistics: Statistics,
     order: int = 3,
