@@ -80,8 +80,8 @@ def estimate(
 
     Raises:
       TypeError: when denoise is no function, x_0 not floating-point, the schedule something else, or key no random key.
-      ValueError: when denoise was made for another schedule, there are fewer than two samples or levels, batch_size does
-        not divide B, or the log-SNR is infinite at an end.
+      ValueError: when denoise was made for another schedule, there are fewer than two samples or levels, batch_size
+        does not divide B, or the log-SNR is infinite at an end.
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
     check_schedule(schedule)
