@@ -208,10 +208,14 @@ def test_slerp_walks_the_great_circle():
         angle = weight * np.pi / 2
         expected = np.cos(angle) * np.asarray(a) + np.sin(angle) * np.asarray(b)
         np.testing.assert_allclose(slerp(a, b, weight), expected, atol=1e-6)
-        np.testing.assert_allclose(slerp(1e-12 * a, 1e-12 * b, weight), 1e-12 * expected, rtol=1e-5, atol=1e-18)
     turned = lambda angle: jnp.array([[3 * np.cos(angle), 3 * np.sin(angle)]])
     for angle in (0.4, 2.5):  # and not a right one
         np.testing.assert_allclose(slerp(turned(0), turned(angle), 0.3), turned(0.3 * angle), atol=1e-6)
+    # Of two lengths, and however small they are, the parts of both are those of unit vectors.
+    expected = (np.sin(0.28) * turned(0) + np.sin(0.12) * 2 * turned(0.4)) / np.sin(0.4)
+    for size in (1.0, 1e-12):
+        x = slerp(size * turned(0), 2 * size * turned(0.4), 0.3)
+        np.testing.assert_allclose(x, size * expected, rtol=1e-5)
     both = slerp(a, b, jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(both, jnp.stack([a[0], b[1]]), atol=1e-6)
 
