@@ -1,5 +1,6 @@
 """Programs of the adaptive rules, each compiled once: the plan, the model's number and its parameter are arguments."""
 
+import dataclasses
 import functools
 
 import jax
@@ -58,14 +59,19 @@ def _number(name, shape):
     return list(_models(shape)).index(name)
 
 
+def of_any_schedule(plan):
+    """The plan without the levels of its schedule, which are static: a program for each schedule else."""
+    return dataclasses.replace(plan, levels=())
+
+
 def run(name, x_T, plan, value=0.3):
     """The sample and the trace of a model by its name."""
-    return _run(_number(name, x_T.shape), value, x_T, plan)
+    return _run(_number(name, x_T.shape), value, x_T, of_any_schedule(plan))
 
 
 def value_and_gradients(name, x_T, plan, value=0.3):
     """The sum of the samples, and its gradients in x_T and in the model's parameter."""
-    return _value_and_gradients(_number(name, x_T.shape), value, x_T, plan)
+    return _value_and_gradients(_number(name, x_T.shape), value, x_T, of_any_schedule(plan))
 
 
 def plan_of(steps, solver, grid=ed.grids.log_snr, schedule=EDM, max_calls=MAX_CALLS, **options):

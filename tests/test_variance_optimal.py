@@ -12,7 +12,7 @@ import pytest
 from exact_models import SCHEDULES, initial_state, mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_programs import EDM, FLOW, MAX_CALLS, SHAPE, median_error, plan_of, run
+from rule_programs import EDM, FLOW, MAX_CALLS, SHAPE, median_error, of_any_schedule, plan_of, run
 
 import evodiff_jax as ed
 from evodiff_jax.grids import GRIDS
@@ -214,7 +214,7 @@ def test_it_does_not_depend_on_units_origin_and_axes_of_the_data(log_scale, shif
         rotation = np.linalg.qr(rng.normal(size=(8, 8)))[0]
         times, other = ed.grids.log_snr(EDM, 8), ed.schedules.edm(0.002 * scale, 80 * scale)
         there = lambda x: scale * (x @ rotation + shift)
-        x = run_mixture(centers, 0.3, noise, ed.plan(EDM, times, variance_optimal()))
-        plan = ed.plan(other, scale * times, variance_optimal())
+        x = run_mixture(centers, 0.3, noise, of_any_schedule(ed.plan(EDM, times, variance_optimal())))
+        plan = of_any_schedule(ed.plan(other, scale * times, variance_optimal()))
         x_there = run_mixture(there(centers), 0.3 * scale, there(noise), plan)
         np.testing.assert_allclose(x_there, there(x), rtol=1e-6, atol=1e-7 * scale)
