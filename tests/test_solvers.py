@@ -219,7 +219,15 @@ def test_samples_of_traced_times_that_end_at_sigma_0_have_finite_gradients():
     assert np.isfinite(gradient[:-1]).all()
 
 
-@pytest.mark.parametrize(("times", "solvers"), [([80.0, 5.0, 0.5, 0.0], ALL), ([80.0, 0.0], HIGHEST)], ids=[3, 1])
+@pytest.mark.parametrize(
+    ("times", "solvers"),
+    [
+        ([80.0, 5.0, 0.5, 0.0], HIGHEST),
+        ([80.0, 0.0], HIGHEST),
+        pytest.param([80.0, 5.0, 0.5, 0.0], ALL, marks=pytest.mark.slow),
+    ],
+    ids=["three steps", "one step", "three steps of all forms"],
+)
 def test_traced_times_that_end_at_sigma_0_give_the_samples_of_concrete_ones(times, solvers, x64):
     """Rows that only traced times keep, for calls at sigma = 0, change nothing. The plans are made in one program."""
     schedule, x_T = ed.schedules.edm(0.0, 80.0), initial_state(ed.schedules.edm(), (2, 3), jnp.float64)
