@@ -1,7 +1,8 @@
 """Files that are complete or not there: written beside their place and moved to it."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +39,15 @@ def discard_unfinished() -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """A context whose OSErrors name the file: a full disk's does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
+
+
 def _behind_links(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
@@ -47,12 +57,10 @@ def _write_temporary(path: Path, write: Callable[[IO[bytes]], Any]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _unfinished.add(temporary)
     try:
-        with temporary.open("wb") as file:
+        with named_in_errors(path), temporary.open("wb") as file:
             write(file)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"cannot write: {error.strerror or error}", str(path)) from error
         raise
     return temporary

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from evodiff_jax import __version__
-from evodiff_jax.files import write_atomically
+from evodiff_jax.files import named_in_errors, write_atomically
 from evodiff_jax.tables import Plan
 
 _SETTINGS = "settings.json"
@@ -126,7 +126,7 @@ class Figures:
         if key not in self._found:
             self._found[key] = [float(value) for value in compute()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
+            with named_in_errors(self._path), self._path.open("a") as file:
                 file.write(f"\n{json.dumps([key, self._found[key]])}")  # the line before may be half a line
         return self._found[key]
 
