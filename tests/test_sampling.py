@@ -29,6 +29,14 @@ KINDS = ("evodiff", "variance_optimal", "ddim", "unipc-2", "dpm_solver-2", "sa_s
 OTHERS = [name for name in EVERY if name not in KINDS]  # which differ from the kinds by the numbers in their tables
 kinds = pytest.mark.parametrize("name", KINDS)
 linear_kinds = pytest.mark.parametrize("name", [name for name in KINDS if EVERY[name].rule is None])
+
+
+def but_slow(*quick):
+    """All kinds, of which the quick ones alone are among the default tests."""
+    slow = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in quick]
+    return pytest.mark.parametrize("name", [*quick, *slow])
+
+
 # The same for all kinds, of which the rules, whose programs take long to compile, are not among the default tests.
 rules_are_slow = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if EVERY[name].rule is not None else name for name in KINDS]
@@ -253,7 +261,7 @@ def test_gradients_of_every_form_are_the_same(name, x64):
         chex.assert_trees_all_close(other, expected, rtol=1e-8, atol=1e-11)
 
 
-@rules_are_slow
+@but_slow("unipc-2")
 def test_plans_can_be_differentiated(name, x64):
     plan = jax.tree.map(jnp.asarray, plan_of(name, 4))
     x_T = state(jnp.float64)
@@ -380,7 +388,7 @@ def test_any_shape_keeps_its_shape_and_dtype_without_implicit_promotion(name, st
             chex.assert_tree_all_finite(jax.jit(sample)(initial_state(schedule, shape, dtype)))
 
 
-@kinds
+@but_slow("variance_optimal", "unipc-2", "sa_solver")
 def test_bfloat16_states_follow_float32_ones(name):
     plan = plan_of(name, 8, max_calls=MAX_CALLS)
     wide, narrow = (np.asarray(run(state().astype(d), plan), np.float32) for d in (jnp.float32, jnp.bfloat16))
@@ -557,7 +565,7 @@ def of_each(x, t):
     return {"audio": (jnp.tanh(x["audio"][0] / (1 + t**2)),), "image": denoise(x["image"], t)}
 
 
-@kinds
+@but_slow("variance_optimal", "sa_solver")
 def test_leaves_with_models_of_their_own_run_as_each_alone(name, x64):
     x_T, plan = latents(jnp.float64), plan_of(name)
     if plan.table.noise is not None:
@@ -572,7 +580,7 @@ def test_leaves_with_models_of_their_own_run_as_each_alone(name, x64):
 JOINT = [ed.solvers.evodiff(channel_axis=None, per_leaf=False), ed.solvers.variance_optimal(per_leaf=False)]
 
 
-@pytest.mark.parametrize("solver", JOINT, ids=lambda s: s.name)
+@pytest.mark.parametrize("solver", [pytest.param(JOINT[0], marks=pytest.mark.slow), JOINT[1]], ids=lambda s: s.name)
 def test_sums_over_leaves_are_those_of_one_vector(solver, x64):
     """A vector cut in two and put back in the model: one choice of coefficients for both parts."""
     cut = lambda x: {"first": x[:, :20], "rest": x[:, 20:].reshape(-1, 4, 3)}
@@ -592,7 +600,11 @@ def test_sums_over_leaves_are_those_of_one_vector(solver, x64):
     assert set(of_leaves.rule) == {"first", "rest"}
 
 
-@pytest.mark.parametrize("solver", [EVERY["evodiff"], JOINT[0], EVERY["ancestral"]], ids=["per leaf", "joint", "noise"])
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(EVERY["evodiff"], marks=pytest.mark.slow), JOINT[0], EVERY["ancestral"]],
+    ids=["per leaf", "joint", "noise"],
+)
 def test_every_form_of_the_loop_takes_pytrees(solver, x64):
     x_T, times = latents(jnp.float64), ed.grids.log_snr(EDM, 5)
     plan, padded = ed.plan(EDM, times, solver), ed.plan(EDM, times, solver, max_calls=9)
