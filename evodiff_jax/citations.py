@@ -140,5 +140,5 @@ def citation(solver: Solver) -> str:
       @inproceedings{song2021ddim,
     """
     if not isinstance(solver, Solver):
-        raise TypeError(f"citation needs a Solver, for example solvers.evodiff(), called, got {solver!r}")
+        raise TypeError(f"citation needs a Solver, such as solvers.evodiff() returns, got {solver!r}")
     return "\n\n".join(_ENTRIES[key] for key in (*_SOURCES.get(solver.name, ()), _SOFTWARE))

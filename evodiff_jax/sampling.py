@@ -108,7 +108,7 @@ def plan_from_times(schedule: NoiseSchedule, times: Any, solver: Solver, denoise
 def check_solver(solver: Any) -> None:
     """Raises TypeError for anything but a solver."""
     if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver, for example solvers.dpm_solver_pp(2), called, got {solver!r}")
+        raise TypeError(f"solver must be a Solver, such as solvers.dpm_solver_pp(2) returns, got {solver!r}")
 
 
 def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
@@ -120,7 +120,10 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
     """
     shape: tuple[int, ...] = np.shape(times)  # pyright: ignore[reportAssignmentType]
     if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"times must be N + 1 >= 2 times in one dimension, got shape {shape}")
+        raise ValueError(
+            "times must be N + 1 >= 2 times in one dimension, for example grids.log_snr(schedule, 10), got shape "
+            f"{shape}"
+        )
     if isinstance(times, Tracer):
         return times.astype(at_least_float32(times.dtype))
     concrete = concrete_array("times", times)
@@ -161,8 +164,8 @@ def sample(
 
     A pure function, to be called inside your own `jax.jit`; it can be vmapped and differentiated too. One `lax.scan`
     runs every plan, in which the model is traced once. Jitted with the plan as an argument it is compiled once for all
-    plans padded to the same `max_calls`, whatever their number of steps, times and (of solvers without a rule and with
-    the same memory) solver; padded rows are skipped.
+    plans of one schedule that are padded to the same `max_calls`, whatever their number of steps, times and (of solvers
+    without a rule and with the same memory) solver; padded rows are skipped.
 
     Args:
       denoise: denoise(x, t) -> x_0, the data prediction: x of x_T's shape and dtype, t a scalar, float32 at least.

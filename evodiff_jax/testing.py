@@ -32,12 +32,17 @@ class Fit(NamedTuple):
       time: how the function takes its time, as `denoisers.from_prediction` has it, or "1000 t", "t / 1000".
       error: its mean square error over that of the best linear prediction of the data, the geometric mean over four
         noise levels; below 1 for a good network on data that are not Gaussian.
-      declared: what `from_prediction` took the network's output for, if the function came from it; "data" if not.
     """
 
     prediction: str
     time: str
     error: float
+
+
+class _Reading(NamedTuple):
+    """A fit, and what `from_prediction` took the network's output for if the function came from there."""
+
+    fit: Fit
     declared: str = "data"
 
 
@@ -96,15 +101,15 @@ def check_denoiser(denoise: Denoiser, schedule: NoiseSchedule, data: State, key:
 
     own = Fit("data", "t", error(network, "data", "t"))
     others = [  # the simplest first
-        Fit(prediction, "t", error(_undeclared(network, schedule, declared), prediction, "t"), declared)
+        _Reading(Fit(prediction, "t", error(_undeclared(network, schedule, declared), prediction, "t")), declared)
         for declared in ("data", *_OUTPUTS)
         for prediction in PREDICTIONS
         if prediction not in ("edm", declared)
     ]
     for time, taken in _ways_to_take_time(schedule).items():
-        others += [Fit(p, time, error(network, p, taken)) for p in PREDICTIONS if (p, time) != ("data", "t")]
-    right = [f for f in others if f.error <= (_RIGHT_OF_EDM if f.prediction == "edm" else _RIGHT)]
-    lowest = min((f.error for f in right), default=np.inf)
+        others += [_Reading(Fit(p, time, error(network, p, taken))) for p in PREDICTIONS if (p, time) != ("data", "t")]
+    right = [r for r in others if r.fit.error <= (_RIGHT_OF_EDM if r.fit.prediction == "edm" else _RIGHT)]
+    lowest = min((r.fit.error for r in right), default=np.inf)
     if own.error <= min(_WRONG, _WRONG * lowest):
         return own
     found = f"as a data prediction denoise has {own.error:.3g} times the error of the best linear prediction"
@@ -113,10 +118,10 @@ def check_denoiser(denoise: Denoiser, schedule: NoiseSchedule, data: State, key:
             f"{found}, and it fits no other convention: check the scale of the data, the schedule, and the network "
             "alone, without from_prediction"
         )
-    best = next(f for f in right if f.error <= _TIE * lowest)
-    if best.declared != "data":
+    best, declared = next(r for r in right if r.fit.error <= _TIE * lowest)
+    if declared != "data":
         raise ValueError(
-            f"{found}, and {best.error:.3g} if the network that was given to from_prediction as {best.declared!r} "
+            f"{found}, and {best.error:.3g} if the network that was given to from_prediction as {declared!r} "
             f"predicts {best.prediction!r}: give from_prediction that"
         )
     code = {"1000 t": "lambda t: 1000 * t", "t / 1000": "lambda t: t / 1000"}.get(best.time, repr(best.time))

@@ -271,3 +271,13 @@ def test_evaluations_are_counted_when_they_are_run(jit):
         run(jnp.ones((3, 5))).block_until_ready()
     jax.effects_barrier()
     assert calls == [3] * 14
+
+
+def test_a_network_that_fails_with_a_scalar_time_gets_a_note_on_it():
+    schedule = ed.schedules.vp_linear()
+    network = lambda x, t: x * t[:, None]
+    with pytest.raises(IndexError) as caught:
+        ed.denoisers.from_prediction(network, schedule, "epsilon")(jnp.ones((2, 3)), 0.5)
+    assert "one time for the whole batch" in caught.value.__notes__[0]
+    assert "per_sample_time=True" in caught.value.__notes__[0]
+    ed.denoisers.from_prediction(network, schedule, "epsilon", per_sample_time=True)(jnp.ones((2, 3)), 0.5)

@@ -355,3 +355,16 @@ def good(t):
 def test_bad_schedules(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_noise_of_a_time_for_each_sample():
+    """As for training: sample k is what it is alone at its time, with its key."""
+    schedule = ed.schedules.vp_linear()
+    x_0 = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 2)), jnp.float32)
+    times, keys = jnp.array([0.2, 0.5, 0.9]), jax.random.split(jax.random.key(0), 3)
+    noisy = jax.jit(schedule.add_noise)(x_0, times, keys)
+    for k in range(3):
+        alone = schedule.add_noise(x_0[k : k + 1], float(times[k]), keys[k : k + 1])
+        np.testing.assert_allclose(noisy[k : k + 1], alone, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"t must be within the schedule's 0.001 to 1, got \[0.5, 2.0, 0.1\]"):
+        schedule.add_noise(x_0, [0.5, 2.0, 0.1], keys)

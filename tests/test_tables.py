@@ -216,7 +216,7 @@ def test_the_rule_has_no_part_in_denoising_to_zero():
         ({"denoise_to_zero": "no"}, TypeError, "plan needs True or False for denoise_to_zero, got 'no'"),
         ({"times": TIMES[:1]}, ValueError, "N \\+ 1 >= 2 times"),
         ({"times": TIMES[None]}, ValueError, "in one dimension"),
-        ({"times": 4}, ValueError, "in one dimension, got shape \\(\\)"),
+        ({"times": 4}, ValueError, r"in one dimension, for example grids.log_snr\(schedule, 10\), got shape \(\)"),
         ({"times": TIMES[::-1]}, ValueError, "strictly decreasing.*times\\[0\\] = 0.002"),
         ({"times": np.array([3.0, np.nan])}, ValueError, "finite"),
         ({"times": np.array([81.0, 1.0])}, ValueError, "within the schedule's 0.002 to 80.0"),

@@ -28,6 +28,10 @@ _TO_DATA: dict[str, Callable[[Any, Any, _Levels], Any]] = {
 PREDICTIONS = (*_TO_DATA, "edm")
 TIMES = ("t", "sigma", "log_sigma", "c_noise", "index")
 
+_SCALAR_TIME = (
+    "The network was called with one time for the whole batch, a scalar. If it takes one for each sample, (B,), give "
+    "from_prediction per_sample_time=True."
+)
 NEED_SIGNAL = ("epsilon", "score", "edm")
 
 
@@ -95,7 +99,13 @@ def from_prediction(
         told = jnp.asarray(time(t)) if callable(time) else _network_time(time, t, at, schedule.num_timesteps)
         if per_sample_time:
             told = jnp.broadcast_to(told, (batch_size(x),))
-        output = check_like(fn(seen, told, *conditions), x, "the network fn(x, time)")
+        try:
+            output = fn(seen, told, *conditions)
+        except (IndexError, TypeError, ValueError) as error:
+            if not per_sample_time:
+                error.add_note(_SCALAR_TIME)
+            raise
+        check_like(output, x, "the network fn(x, time)")
         return jax.tree.map(lambda a, o: to_data(a.astype(wide), o.astype(wide), at).astype(a.dtype), x, output)
 
     return of_schedule(denoise, schedule)

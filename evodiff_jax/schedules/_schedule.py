@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from evodiff_jax.numerics import at_least_float32, concrete_array, namespace, on_host, widened
-from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, widest
+from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, per_sample, widest
 
 ScheduleFn = Callable[[Any], Any]
 
@@ -147,7 +147,8 @@ class NoiseSchedule:
 
         Args:
           x_0: the data, (B, ...) or a pytree of such.
-          t: the time, a scalar; the first time of the run that follows.
+          t: the time, a scalar: for sampling, the first time of the run that follows. Or one for each sample, (B,), as
+            for training.
           key: a random key, or one for each sample (B,), with which sample k depends on key k alone.
 
         Returns:
@@ -155,8 +156,8 @@ class NoiseSchedule:
 
         Raises:
           TypeError: when x_0 is not floating-point, or key is no random key.
-          ValueError: when x_0 has no batch axis, t is no scalar within the schedule, or there is neither one key nor
-            one a sample.
+          ValueError: when x_0 has no batch axis, t is of another shape or outside the schedule, or there is neither one
+            key nor one a sample.
 
         Example:
           >>> import jax, evodiff_jax as ed
@@ -166,20 +167,19 @@ class NoiseSchedule:
           >>> x = ed.sample(lambda x, t: x / (1 + t**2), x, ed.plan(schedule, times, ed.solvers.unipc(2)))
         """
         x_0 = check_state(x_0, "x_0")
-        slack = 1e-6 * (self.t_max - self.t_min)  # a float32 time of a float64 grid
-        if isinstance(t, Tracer):
-            if t.ndim:
-                raise ValueError(f"t must be a scalar, got shape {t.shape}")
-        elif not self.t_min - slack <= _scalar("t", t) <= self.t_max + slack:
-            raise ValueError(f"t must be within the schedule's {self.t_min:g} to {self.t_max:g}, got {t}")
-        t = jnp.asarray(t, widest(jax.tree.leaves(x_0)))
-        alpha, sigma = self.alpha(t), self.sigma(t)
+        if not isinstance(t, Tracer):
+            concrete = concrete_array("t", t)
+            slack = 1e-6 * (self.t_max - self.t_min)  # a float32 time of a float64 grid
+            if not ((concrete >= self.t_min - slack) & (concrete <= self.t_max + slack)).all():
+                raise ValueError(f"t must be within the schedule's {self.t_min:g} to {self.t_max:g}, got {t}")
+        times = per_sample(t, x_0, "t", widest(jax.tree.leaves(x_0)))
 
-        def noisy(x: jax.Array, noise: jax.Array) -> jax.Array:
+        def noisy(x: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
             wide = at_least_float32(x.dtype)
-            return (alpha.astype(wide) * x.astype(wide) + sigma.astype(wide) * noise).astype(x.dtype)
+            alpha, sigma = self.alpha(t).astype(wide), self.sigma(t).astype(wide)
+            return (alpha * x.astype(wide) + sigma * noise).astype(x.dtype)
 
-        return jax.tree.map(noisy, x_0, normal_like(check_keys(key, batch_size(x_0)), x_0))
+        return jax.tree.map(noisy, x_0, normal_like(check_keys(key, batch_size(x_0)), x_0), times)
 
 
 def _scalar(name: str, value: Any) -> float:
