@@ -63,9 +63,9 @@ def variance_optimal(channel_axis: int | None = None, per_leaf: bool = True) -> 
     """This project's own rule, not a paper's: coefficients of least expected error, for each sample and step.
 
     It shares EVODiff's objective (arXiv 2509.26096): the conditional variance of the reverse transition is to be least,
-    by a predictor and a corrector on data predictions, from inner products of differences of outputs. Its variance is
-    that of a prior over scales, see the module. Use it for 5 to 20 calls. Its constants were settled on the models
-    mixture-64d, digits-0.1, digits-0.3, galaxies-hsc and fashion-1 of benchmarks/quality.py, in 5, 8 and 12 calls.
+    by a predictor and a corrector on data predictions, from inner products of outputs. Its variance is that of a prior
+    over scales, see the module. Use it for 5 to 20 calls, from 8 with noise predictions where alpha is below 0.01. Its
+    constants were settled on mixture-64d, digits-0.1, digits-0.3, galaxies-hsc, fashion-1 of benchmarks/quality.py.
 
     Args:
       channel_axis: an axis, of states of three or more, with coefficients for each index; None for one choice a sample.
