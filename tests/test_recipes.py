@@ -477,6 +477,7 @@ def test_the_blocks_of_the_recipes():
     assert seen == list(BLOCKS)
 
 
+@pytest.mark.slow
 def test_the_recipe_for_many_devices_on_four():
     """In a process of its own, whose CPU JAX takes for four devices."""
     code = """
@@ -493,7 +494,8 @@ def test_the_recipe_for_many_devices_on_four():
         needed = ["Recipes", "Other steps, grids and solvers without compiling again", "Random keys, one a sample"]
         test_recipes.run_blocks(check, [*needed, "Many devices"])
     """
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment

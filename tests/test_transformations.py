@@ -72,7 +72,7 @@ def on_eight_devices(names, code):
     """The output of a program that sees eight CPU devices."""
     start = """
         import os
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
         os.environ["JAX_PLATFORMS"] = "cpu"
         import re
         import jax
