@@ -137,16 +137,19 @@ def check_times(times: ArrayLike, schedule: NoiseSchedule) -> Any:
             f"and times[{i + 1}] = {concrete[i + 1]}"
         )
     slack = 1e-6 * (schedule.t_max - schedule.t_min)  # float32 times of a float64 grid
+    most = float(np.exp(-on_host(schedule.lambda_, schedule.t_max)))
+    levels = "for noise levels instead of times use grids.from_sigmas(schedule, sigmas)"
     if concrete[0] > schedule.t_max + slack or concrete[-1] < schedule.t_min - slack:
+        fit_as_levels = concrete[0] <= 1.05 * most and concrete[-1] >= 0 and abs(schedule.t_max - most) > 0.5 * most
+        advice = f"; {levels}" if fit_as_levels else ""
         raise ValueError(
             f"times must lie within the schedule's {schedule.t_min} to {schedule.t_max}, "
-            f"got {concrete[-1]} to {concrete[0]}"
+            f"got {concrete[-1]} to {concrete[0]}{advice}"
         )
-    most = float(np.exp(-on_host(schedule.lambda_, schedule.t_max)))
     if abs(concrete[0] - most) <= 0.05 * most < 0.5 * abs(schedule.t_max - most):
         raise ValueError(
             f"times[0] = {concrete[0]:g} is the schedule's largest sigma / alpha, {most:g}, and far from its t_max = "
-            f"{schedule.t_max:g}: for noise levels instead of times use grids.from_sigmas(schedule, sigmas)"
+            f"{schedule.t_max:g}: {levels}"
         )
     return concrete
 

@@ -232,6 +232,11 @@ def test_the_rule_has_no_part_in_denoising_to_zero():
             ValueError,
             "largest sigma / alpha, 14.6146, .*use grids.from_sigmas",
         ),
+        (
+            {"schedule": ed.schedules.vp_linear(), "times": [80.0, 5.0, 0.1]},
+            ValueError,
+            "within the schedule's 0.001 to 1.0, got 0.1 to 80.0; for noise levels .* use grids.from_sigmas",
+        ),
     ],
 )
 def test_bad_arguments_of_plan(arguments, error, message):
