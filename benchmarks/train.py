@@ -37,12 +37,12 @@ def run(args: argparse.Namespace) -> None:
     """Trains.
 
     Args:
-        args: what `add_arguments` parsed.
+      args: what `add_arguments` parsed.
 
     Raises:
-        ValueError: an argument is out of range, or the folder's run is another one.
-        FileNotFoundError: the data, or the run to resume, are not there.
-        OSError: the folder cannot be written.
+      ValueError: an argument is out of range, or the folder's run is another one.
+      FileNotFoundError: the data, or the run to resume, are not there.
+      OSError: the folder cannot be written.
     """
     if args.what == "diffusion":
         config = training.TrainConfig(steps=20_000, batch=64, seed=args.seed)

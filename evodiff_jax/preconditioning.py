@@ -34,11 +34,11 @@ def coefficients(sigma: ArrayLike, sigma_data: float) -> Coefficients:
     """Evaluates Table 1's preconditioning at `sigma`, in float32 or wider.
 
     Args:
-        sigma: noise level, at least 0, any shape.
-        sigma_data: standard deviation of the data.
+      sigma: noise level, at least 0, any shape.
+      sigma_data: standard deviation of the data.
 
     Returns:
-        The coefficients, of sigma's shape.
+      The coefficients, of sigma's shape.
     """
     sigma = jnp.asarray(sigma)
     sigma = sigma.astype(at_least_float32(sigma.dtype))
@@ -57,17 +57,17 @@ def precondition(raw: Raw, sigma_data: float) -> Raw:
     """Turns a raw network into a denoiser.
 
     Args:
-        raw: `raw(scaled_x, c_noise, *args)`; gets scaled_x in float32 or wider (it may compute in
-            less) and c_noise (B,).
-        sigma_data: standard deviation of the data.
+      raw: `raw(scaled_x, c_noise, *args)`; gets scaled_x in float32 or wider (it may compute in
+        less) and c_noise (B,).
+      sigma_data: standard deviation of the data.
 
     Returns:
-        `denoise(x, sigma, *args) -> x0`, for x (B, ...) and sigma a scalar or (B,); x0 has the shape and dtype of x,
-        with the arithmetic around the network in float32 or wider.
+      `denoise(x, sigma, *args) -> x0`, for x (B, ...) and sigma a scalar or (B,); x0 has the shape and dtype of x,
+      with the arithmetic around the network in float32 or wider.
 
     Raises:
-        TypeError: sigma_data is no number.
-        ValueError: sigma_data is not positive; when called, sigma is neither a scalar nor (B,).
+      TypeError: sigma_data is no number.
+      ValueError: sigma_data is not positive; when called, sigma is neither a scalar nor (B,).
     """
     if not sigma_data > 0:
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")

@@ -43,23 +43,23 @@ class TrainConfig:
     """Settings of a run. A resumed run may change `steps`, `cooldown`, `log_every` and `checkpoint_every` alone.
 
     Attributes:
-        network: what is trained: a U-Net as a diffusion model, or a classifier.
-        steps: optimizer steps in all.
-        batch: images a step.
-        seed: decides initialisation, batches and noise.
-        learning_rate: its highest value, reached after `warmup` steps.
-        warmup: steps of linear warmup.
-        decay_start: step after which the rate falls as 1/sqrt(step), which needs no planned end.
-        cooldown: steps at the end of the run over which the rate falls further, linearly to 0.
-        clip: largest norm of a step's gradient.
-        ema_exponent: the weights that are exported average the last steps with weight ~ step^ema_exponent (power-
-            function average, arXiv 2312.02696): early weights never dominate, however short the run.
-        p_mean: mean of log(sigma) in training.
-        p_std: standard deviation of log(sigma) in training.
-        label_dropout: probability that an image is shown without its label, for guidance.
-        sigma_data: standard deviation of the training images.
-        log_every: steps between log lines.
-        checkpoint_every: steps between checkpoints.
+      network: what is trained: a U-Net as a diffusion model, or a classifier.
+      steps: optimizer steps in all.
+      batch: images a step.
+      seed: decides initialisation, batches and noise.
+      learning_rate: its highest value, reached after `warmup` steps.
+      warmup: steps of linear warmup.
+      decay_start: step after which the rate falls as 1/sqrt(step), which needs no planned end.
+      cooldown: steps at the end of the run over which the rate falls further, linearly to 0.
+      clip: largest norm of a step's gradient.
+      ema_exponent: the weights that are exported average the last steps with weight ~ step^ema_exponent (power-
+        function average, arXiv 2312.02696): early weights never dominate, however short the run.
+      p_mean: mean of log(sigma) in training.
+      p_std: standard deviation of log(sigma) in training.
+      label_dropout: probability that an image is shown without its label, for guidance.
+      sigma_data: standard deviation of the training images.
+      log_every: steps between log lines.
+      checkpoint_every: steps between checkpoints.
     """
 
     network: UNetConfig | ClassifierConfig = UNetConfig()  # noqa: RUF009 (frozen)
@@ -104,10 +104,10 @@ class TrainState(NamedTuple):
     """What one step turns into the next.
 
     Attributes:
-        step: int32 scalar, steps taken.
-        params: weights.
-        opt_state: the optimizer's state.
-        average: averaged weights, what is exported.
+      step: int32 scalar, steps taken.
+      params: weights.
+      opt_state: the optimizer's state.
+      average: averaged weights, what is exported.
     """
 
     step: jax.Array
@@ -120,13 +120,13 @@ def batch_indices(seed: int, step: int, batch: int, size: int) -> np.ndarray:
     """Returns which images step `step` sees: every epoch is a new permutation, cut into whole batches.
 
     Args:
-        seed: the run's seed.
-        step: the step, from 0.
-        batch: images a step, at most `size`.
-        size: images in all.
+      seed: the run's seed.
+      step: the step, from 0.
+      batch: images a step, at most `size`.
+      size: images in all.
 
     Returns:
-        int64 (batch,) of indices.
+      int64 (batch,) of indices.
     """
     per_epoch = size // batch
     epoch, position = divmod(step, per_epoch)
@@ -193,19 +193,19 @@ def train(
     """Trains a model, writing checkpoints and the exported weights into a folder.
 
     Args:
-        config: the settings.
-        dataset: training images and labels.
-        out: the run's folder, made if need be.
-        resume: go on from the folder's checkpoint.
-        command: the command line, for the exported file's card.
+      config: the settings.
+      dataset: training images and labels.
+      out: the run's folder, made if need be.
+      resume: go on from the folder's checkpoint.
+      command: the command line, for the exported file's card.
 
     Returns:
-        The path of the exported model.
+      The path of the exported model.
 
     Raises:
-        ValueError: the data do not fit the network, or the folder holds a run already, none, or another one.
-        OSError: the folder cannot be written.
-        FloatingPointError: the loss is no longer finite.
+      ValueError: the data do not fit the network, or the folder holds a run already, none, or another one.
+      OSError: the folder cannot be written.
+      FloatingPointError: the loss is no longer finite.
     """
     out = Path(out)
     _check_data(config, dataset)

@@ -33,14 +33,14 @@ def edm_loss(
     that returns 0 has a loss of about 1 at every noise level.
 
     Args:
-        denoise: `denoise(x, sigma) -> x0` for x (B, ...) and sigma (B,).
-        x0: images (B, ...), float32.
-        sigma: noise levels (B,).
-        noise: standard normal noise of x0's shape.
-        sigma_data: standard deviation of the data.
+      denoise: `denoise(x, sigma) -> x0` for x (B, ...) and sigma (B,).
+      x0: images (B, ...), float32.
+      sigma: noise levels (B,).
+      noise: standard normal noise of x0's shape.
+      sigma_data: standard deviation of the data.
 
     Returns:
-        Loss of each image, (B,).
+      Loss of each image, (B,).
     """
     sigma = jnp.asarray(sigma)
     per_image = sigma.reshape(sigma.shape + (1,) * (x0.ndim - 1))
@@ -53,14 +53,14 @@ def diffusion_loss(network: UNetConfig, sigma_data: float, p_mean: float, p_std:
     """Returns the loss of a U-Net as a denoiser at random noise levels.
 
     Args:
-        network: the network's settings.
-        sigma_data: standard deviation of the data.
-        p_mean: mean of log(sigma).
-        p_std: standard deviation of log(sigma).
-        label_dropout: probability that an image is shown without its label.
+      network: the network's settings.
+      sigma_data: standard deviation of the data.
+      p_mean: mean of log(sigma).
+      p_std: standard deviation of log(sigma).
+      label_dropout: probability that an image is shown without its label.
 
     Returns:
-        The mean of `edm_loss` over a batch, as a function of (params, images, labels, key).
+      The mean of `edm_loss` over a batch, as a function of (params, images, labels, key).
     """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> jax.Array:

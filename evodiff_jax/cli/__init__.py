@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments after the program's name, by default those of the process.
+      argv: the arguments after the program's name, by default those of the process.
 
     Returns:
-        The exit code.
+      The exit code.
     """
     try:
         # --help and --version leave the parser with SystemExit when they have printed.

@@ -59,13 +59,13 @@ def run_compare(args: argparse.Namespace) -> None:
     """Runs `evodiff-jax compare`.
 
     Args:
-        args: what `add_compare_arguments` parsed.
+      args: what `add_compare_arguments` parsed.
 
     Raises:
-        ValueError: an argument is out of range, the folder's runs are others, the model is unusable, or a batch does
-            not fit in memory.
-        FileNotFoundError: the model, or data that judge it, are not there.
-        OSError: an output cannot be written.
+      ValueError: an argument is out of range, the folder's runs are others, the model is unusable, or a batch does
+        not fit in memory.
+      FileNotFoundError: the model, or data that judge it, are not there.
+      OSError: an output cannot be written.
     """
     if args.exact is not None:
         for option, given in (("--checkpoint", args.checkpoint), ("--guidance", args.guidance), ("--data", args.data)):

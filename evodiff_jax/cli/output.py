@@ -21,11 +21,11 @@ def make_picture(images: np.ndarray, labels: np.ndarray) -> Image.Image:
     """Draws images of one or three channels as a grid, each class on rows of its own.
 
     Args:
-        images: (N, H, W, C) in [-1, 1]; values outside are clipped.
-        labels: (N,), the classes.
+      images: (N, H, W, C) in [-1, 1]; values outside are clipped.
+      labels: (N,), the classes.
 
     Returns:
-        The picture.
+      The picture.
     """
     from PIL import Image
 

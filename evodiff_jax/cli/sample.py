@@ -38,9 +38,9 @@ class Run(NamedTuple):
     """What a run made and how long it took.
 
     Attributes:
-        images: float32 (N, H, W, C), as sampled.
-        compile_seconds: time to trace and compile.
-        batch_seconds: mean time of a batch.
+      images: float32 (N, H, W, C), as sampled.
+      compile_seconds: time to trace and compile.
+      batch_seconds: mean time of a batch.
     """
 
     images: np.ndarray
@@ -81,11 +81,11 @@ def run_sample(args: argparse.Namespace) -> None:
     """Runs `evodiff-jax sample`.
 
     Args:
-        args: what `add_sample_arguments` parsed.
+      args: what `add_sample_arguments` parsed.
 
     Raises:
-        ValueError: an argument does not fit the model, the model is unusable, or a batch does not fit in memory.
-        OSError: an output cannot be written, or the model not be read.
+      ValueError: an argument does not fit the model, the model is unusable, or a batch does not fit in memory.
+      OSError: an output cannot be written, or the model not be read.
     """
     check_output("--out", args.out, ".png")
     if args.npz is not None:
@@ -141,16 +141,16 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
     """The classes of `num` images.
 
     Args:
-        num: how many.
-        num_classes: classes that the model knows.
-        label: number or name of one class, or None for all classes in turn. Names are Fashion-MNIST's; case, spaces
-            and punctuation do not matter.
+      num: how many.
+      num_classes: classes that the model knows.
+      label: number or name of one class, or None for all classes in turn. Names are Fashion-MNIST's; case, spaces
+        and punctuation do not matter.
 
     Returns:
-        int32 (num,).
+      int32 (num,).
 
     Raises:
-        ValueError: there is no such class.
+      ValueError: there is no such class.
     """
     from evodiff_jax.evaluation.data import CLASS_NAMES
 
@@ -184,14 +184,14 @@ def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, 
     """Compiles a sampler once and runs it over all images; the last batch is filled up and trimmed.
 
     Args:
-        sampler: what `make_sampler` returned.
-        params: the weights.
-        key: the key of the run.
-        labels: int32 (N,), the classes.
-        batch: images at a time.
+      sampler: what `make_sampler` returned.
+      params: the weights.
+      key: the key of the run.
+      labels: int32 (N,), the classes.
+      batch: images at a time.
 
     Returns:
-        The images and the times.
+      The images and the times.
     """
     from tqdm import tqdm
 
@@ -220,7 +220,7 @@ def write_all(writes: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
     """Writes as many of the files as can be written.
 
     Raises:
-        OSError: one or more could not be written; the message names all of them.
+      OSError: one or more could not be written; the message names all of them.
     """
     failures: list[OSError] = []
     for path, write in writes.items():

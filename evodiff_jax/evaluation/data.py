@@ -39,8 +39,8 @@ class Dataset(NamedTuple):
     """Labelled images on the host.
 
     Attributes:
-        images: float32 (N, 28, 28, 1) in [-1, 1].
-        labels: int32 (N,) in 0 .. 9.
+      images: float32 (N, 28, 28, 1) in [-1, 1].
+      labels: int32 (N,) in 0 .. 9.
     """
 
     images: np.ndarray
@@ -51,16 +51,16 @@ def load_fashion_mnist(split: str = "train", folder: str | os.PathLike[str] | No
     """Loads one split of Fashion-MNIST.
 
     Args:
-        split: "train" or "test".
-        folder: where the IDX files are. Without it, the folder named by the environment variable
-            EVODIFF_JAX_DATA if set, otherwise the one of the Debian package dataset-fashion-mnist.
+      split: "train" or "test".
+      folder: where the IDX files are. Without it, the folder named by the environment variable
+        EVODIFF_JAX_DATA if set, otherwise the one of the Debian package dataset-fashion-mnist.
 
     Returns:
-        The images and their labels.
+      The images and their labels.
 
     Raises:
-        FileNotFoundError: a file is missing; the message says which, where it was looked for, how to get it.
-        ValueError: `split` is unknown, or a file is not what its name says.
+      FileNotFoundError: a file is missing; the message says which, where it was looked for, how to get it.
+      ValueError: `split` is unknown, or a file is not what its name says.
     """
     if split not in _SPLITS:
         raise ValueError(f"split must be one of {', '.join(_SPLITS)}, got {split!r}")
@@ -86,13 +86,13 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     big-endian 32-bit integer, then the values.
 
     Args:
-        path: the file; it counts as compressed if it starts as gzip files do.
+      path: the file; it counts as compressed if it starts as gzip files do.
 
     Returns:
-        uint8 array of the shape that the header states.
+      uint8 array of the shape that the header states.
 
     Raises:
-        ValueError: the file is not IDX, holds another type, or is shorter or longer than its header says.
+      ValueError: the file is not IDX, holds another type, or is shorter or longer than its header says.
     """
     content = Path(path).read_bytes()
     if content[:2] == b"\x1f\x8b":

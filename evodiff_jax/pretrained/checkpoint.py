@@ -30,9 +30,9 @@ class Checkpoint(NamedTuple):
     """What one file holds.
 
     Attributes:
-        config: settings that rebuild the owner of the arrays.
-        arrays: the arrays by tree path, as stored.
-        card: what is known about them: data, steps, date.
+      config: settings that rebuild the owner of the arrays.
+      arrays: the arrays by tree path, as stored.
+      card: what is known about them: data, steps, date.
     """
 
     config: dict[str, Any]
@@ -52,16 +52,16 @@ def save(
     """Writes a tree of arrays with its configuration, atomically.
 
     Args:
-        path: the file to write; its folder must exist.
-        tree: pytree of arrays.
-        kind: what the file holds; `load` asks for the same.
-        config: JSON-serialisable settings that rebuild the owner of the arrays.
-        card: JSON-serialisable facts about them.
-        half: store float32 arrays as float16; `restore` widens them again.
+      path: the file to write; its folder must exist.
+      tree: pytree of arrays.
+      kind: what the file holds; `load` asks for the same.
+      config: JSON-serialisable settings that rebuild the owner of the arrays.
+      card: JSON-serialisable facts about them.
+      half: store float32 arrays as float16; `restore` widens them again.
 
     Raises:
-        ValueError: `half` is asked for and a value does not fit in float16.
-        OSError: the file cannot be written.
+      ValueError: `half` is asked for and a value does not fit in float16.
+      OSError: the file cannot be written.
     """
     path = Path(path)
     arrays = {}
@@ -80,15 +80,15 @@ def load(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
     """Reads a file that `save` wrote.
 
     Args:
-        path: the file.
-        kind: what it must hold.
+      path: the file.
+      kind: what it must hold.
 
     Returns:
-        Its configuration, arrays and card.
+      Its configuration, arrays and card.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, was not written by `save`, or holds another kind.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, was not written by `save`, or holds another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,15 +116,15 @@ def restore(template: Any, checkpoint: Checkpoint, path: str | os.PathLike[str])
     """Puts a checkpoint's arrays into a tree, in the template's dtypes.
 
     Args:
-        template: pytree of arrays or `jax.ShapeDtypeStruct` with the names and shapes that are expected.
-        checkpoint: what `load` returned.
-        path: the file it came from, for messages.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with the names and shapes that are expected.
+      checkpoint: what `load` returned.
+      path: the file it came from, for messages.
 
     Returns:
-        A tree like `template`, of NumPy arrays.
+      A tree like `template`, of NumPy arrays.
 
     Raises:
-        ValueError: an array is missing, left over, of another shape, or of integers where it must not be.
+      ValueError: an array is missing, left over, of another shape, or of integers where it must not be.
     """
     expected = _named_leaves(template)
     if missing := sorted(set(expected) - set(checkpoint.arrays)):

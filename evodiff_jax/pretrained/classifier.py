@@ -18,8 +18,8 @@ class ClassifierOutput(NamedTuple):
     """What the classifier says about images.
 
     Attributes:
-        logits: float32 (B, num_classes).
-        features: float32 (B, features), the layer before the logits.
+      logits: float32 (B, num_classes).
+      features: float32 (B, features), the layer before the logits.
     """
 
     logits: jax.Array
@@ -31,11 +31,11 @@ class ClassifierConfig:
     """Everything that determines the classifier's parameters.
 
     Attributes:
-        image_shape: height, width and channels of one image.
-        num_classes: number of classes.
-        widths: channels of each stage; every stage halves the resolution.
-        features: width of the layer before the logits.
-        dropout: dropout rate before the logits, used in training only.
+      image_shape: height, width and channels of one image.
+      num_classes: number of classes.
+      widths: channels of each stage; every stage halves the resolution.
+      features: width of the layer before the logits.
+      dropout: dropout rate before the logits, used in training only.
     """
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
@@ -61,7 +61,7 @@ class ClassifierConfig:
         """Reads what `to_dict` wrote.
 
         Raises:
-            ValueError: a field is unknown or has a value or type that the network cannot have.
+          ValueError: a field is unknown or has a value or type that the network cannot have.
         """
         try:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -101,16 +101,16 @@ def apply_classifier(
     """Classifies images.
 
     Args:
-        config: the network's settings.
-        params: its weights.
-        x: images (B, H, W, C) in [-1, 1].
-        dropout_key: a key turns dropout on, for training.
+      config: the network's settings.
+      params: its weights.
+      x: images (B, H, W, C) in [-1, 1].
+      dropout_key: a key turns dropout on, for training.
 
     Returns:
-        float32 logits (B, num_classes) and features (B, features).
+      float32 logits (B, num_classes) and features (B, features).
 
     Raises:
-        ValueError: x is not (B, H, W, C) with the configured channels.
+      ValueError: x is not (B, H, W, C) with the configured channels.
     """
     if x.ndim != 4 or x.shape[-1] != config.image_shape[2]:
         raise ValueError(f"x must be (batch, height, width, {config.image_shape[2]}), got {x.shape}")

@@ -33,13 +33,13 @@ class Model(NamedTuple):
     """A class-conditional diffusion model in EDM's parameterization (alpha = 1, time = sigma).
 
     Attributes:
-        config: the network's settings.
-        params: its weights, float32.
-        name: what it was loaded as.
-        metadata: what is known about it: steps, batch, loss, date, the command that trained it.
-        sigma_data: standard deviation of its training data.
-        sigma_min: lowest noise level it is meant for.
-        sigma_max: highest noise level it is meant for.
+      config: the network's settings.
+      params: its weights, float32.
+      name: what it was loaded as.
+      metadata: what is known about it: steps, batch, loss, date, the command that trained it.
+      sigma_data: standard deviation of its training data.
+      sigma_min: lowest noise level it is meant for.
+      sigma_max: highest noise level it is meant for.
     """
 
     config: UNetConfig
@@ -73,9 +73,9 @@ class Model(NamedTuple):
         """Returns denoise(x, t) for `evodiff_jax.sample`, with classifier-free guidance.
 
         Args:
-            params: the weights, usually `model.params`.
-            label: integer classes (B,), `null_class` for none.
-            guidance: scale of the guidance, see `denoisers.classifier_free_guidance`; 1 is none.
+          params: the weights, usually `model.params`.
+          label: integer classes (B,), `null_class` for none.
+          guidance: scale of the guidance, see `denoisers.classifier_free_guidance`; 1 is none.
         """
 
         def conditional(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
@@ -88,10 +88,10 @@ class ImageClassifier(NamedTuple):
     """A classifier of images, for measuring samples.
 
     Attributes:
-        config: the network's settings.
-        params: its weights, float32.
-        name: what it was loaded as.
-        metadata: what is known about it.
+      config: the network's settings.
+      params: its weights, float32.
+      name: what it was loaded as.
+      metadata: what is known about it.
     """
 
     config: ClassifierConfig
@@ -103,11 +103,11 @@ class ImageClassifier(NamedTuple):
         """Classifies images.
 
         Args:
-            params: the weights, usually `classifier.params`.
-            x: images (B, H, W, C) in [-1, 1].
+          params: the weights, usually `classifier.params`.
+          x: images (B, H, W, C) in [-1, 1].
 
         Returns:
-            float32 logits (B, num_classes) and features (B, features).
+          float32 logits (B, num_classes) and features (B, features).
         """
         return apply_classifier(self.config, params, x)
 
@@ -118,19 +118,19 @@ def apply_denoiser(
     """Predicts the clean image from a noisy one.
 
     Args:
-        config: the network's settings.
-        sigma_data: standard deviation of the training data.
-        params: the weights.
-        x: images plus noise of standard deviation sigma, (B, H, W, C).
-        sigma: noise level above 0, a scalar or (B,).
-        label: integer classes, a scalar or (B,); num_classes for "no class". Values outside 0 .. num_classes are not
-            detected inside jit.
+      config: the network's settings.
+      sigma_data: standard deviation of the training data.
+      params: the weights.
+      x: images plus noise of standard deviation sigma, (B, H, W, C).
+      sigma: noise level above 0, a scalar or (B,).
+      label: integer classes, a scalar or (B,); num_classes for "no class". Values outside 0 .. num_classes are not
+        detected inside jit.
 
     Returns:
-        The prediction of the clean images, of x's shape and dtype.
+      The prediction of the clean images, of x's shape and dtype.
 
     Raises:
-        ValueError: a shape does not fit the network.
+      ValueError: a shape does not fit the network.
     """
     label = jnp.asarray(label).astype(jnp.int32)
     if label.shape not in ((), x.shape[:1]):
@@ -144,15 +144,15 @@ def load(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> Model:
     """Loads a diffusion model.
 
     Args:
-        name_or_path: the name of a packaged model, or the path of a file that training wrote (it ends in
-            ".safetensors").
+      name_or_path: the name of a packaged model, or the path of a file that training wrote (it ends in
+        ".safetensors").
 
     Returns:
-        The model.
+      The model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no packaged model has this name, or the file is no diffusion model.
+      FileNotFoundError: there is no such file.
+      ValueError: no packaged model has this name, or the file is no diffusion model.
     """
     path = _locate(name_or_path, "")
     found = checkpoint.load(path, kind="diffusion model")
@@ -174,14 +174,14 @@ def load_classifier(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> I
     """Loads a classifier.
 
     Args:
-        name_or_path: the name of a packaged classifier, or the path of a file that training wrote.
+      name_or_path: the name of a packaged classifier, or the path of a file that training wrote.
 
     Returns:
-        The classifier.
+      The classifier.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no packaged classifier has this name, or the file is no classifier.
+      FileNotFoundError: there is no such file.
+      ValueError: no packaged classifier has this name, or the file is no classifier.
     """
     path = _locate(name_or_path, _CLASSIFIER)
     found = checkpoint.load(path, kind="classifier")

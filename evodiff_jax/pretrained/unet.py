@@ -30,15 +30,15 @@ class UNetConfig:
     """Everything that determines the network's parameters and their use.
 
     Attributes:
-        image_shape: height, width and channels of one image.
-        num_classes: number of classes; label `num_classes` stands for "no class".
-        patch: side of the square of pixels folded into channels before the first level.
-        widths: channels of each level, finest first; each level after the first halves the resolution.
-        blocks: residual blocks of each level, on the way down and again on the way up.
-        heads: attention heads at the coarsest level.
-        condition_width: width of the embedding of noise level and class.
-        dropout: dropout rate inside the residual blocks, used in training only.
-        dtype: type the network computes in, "float32" or "bfloat16"; parameters are always float32.
+      image_shape: height, width and channels of one image.
+      num_classes: number of classes; label `num_classes` stands for "no class".
+      patch: side of the square of pixels folded into channels before the first level.
+      widths: channels of each level, finest first; each level after the first halves the resolution.
+      blocks: residual blocks of each level, on the way down and again on the way up.
+      heads: attention heads at the coarsest level.
+      condition_width: width of the embedding of noise level and class.
+      dropout: dropout rate inside the residual blocks, used in training only.
+      dtype: type the network computes in, "float32" or "bfloat16"; parameters are always float32.
     """
 
     image_shape: tuple[int, int, int] = (28, 28, 1)
@@ -80,7 +80,7 @@ class UNetConfig:
         """Reads what `to_dict` wrote.
 
         Raises:
-            ValueError: a field is unknown or has a value or type that the network cannot have.
+          ValueError: a field is unknown or has a value or type that the network cannot have.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -167,7 +167,7 @@ class UNet(nn.Module):
     dropout rate above 0 it needs a "dropout" key. The output layer starts at zero, so a new network returns zeros.
 
     Raises:
-        ValueError: x is not (B, H, W, C) with the configured channels, or its sides cannot be halved at each level.
+      ValueError: x is not (B, H, W, C) with the configured channels, or its sides cannot be halved at each level.
     """
 
     config: UNetConfig
@@ -231,15 +231,15 @@ def apply_unet(
     """Evaluates the network F(x, c_noise, label); shapes and errors as for `UNet`.
 
     Args:
-        config: the network's settings.
-        params: its weights.
-        x: scaled noisy images (B, H, W, C).
-        c_noise: noise levels as the network sees them, (B,).
-        label: classes (B,), num_classes for "no class".
-        dropout_key: a key turns dropout on, for training.
+      config: the network's settings.
+      params: its weights.
+      x: scaled noisy images (B, H, W, C).
+      c_noise: noise levels as the network sees them, (B,).
+      label: classes (B,), num_classes for "no class".
+      dropout_key: a key turns dropout on, for training.
 
     Returns:
-        The network's output, of x's shape in the configuration's dtype.
+      The network's output, of x's shape in the configuration's dtype.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     output = UNet(config).apply({"params": params}, x, c_noise, label, train=dropout_key is not None, rngs=rngs)
