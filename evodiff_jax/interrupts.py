@@ -14,16 +14,16 @@ from typing import Any
 
 from evodiff_jax.files import discard_unfinished
 
-_COMMAND = "evodiff-jax"
+COMMAND = "evodiff-jax"
 INTERRUPTED = 130
-MESSAGE = f"{_COMMAND}: interrupted\n"
+MESSAGE = f"{COMMAND}: interrupted\n"
 
 
 def watch_command() -> None:
     """Leaves at Ctrl-C from here on if this process is the command, and does nothing in any other."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     as_module = ("-m", "evodiff_jax") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    if as_module or name in (_COMMAND, f"{_COMMAND}.exe"):
+    if as_module or name in (COMMAND, f"{COMMAND}.exe"):
         _watch()
 
 

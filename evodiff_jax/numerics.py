@@ -54,6 +54,11 @@ def concrete_array(name: str, value: Any) -> np.ndarray:
     raise TypeError(f"{name} must be an array of numbers, got {value!r}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value is a Python or NumPy integer; booleans are not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def at_least_float32(dtype: Any) -> Any:
     """float64 for float64, else float32; `jnp.promote_types` would refuse bfloat16 under strict promotion."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evodiff_jax.numerics import namespace, on_host
+from evodiff_jax.numerics import is_integer, namespace, on_host
 from evodiff_jax.schedules import Levels, NoiseSchedule
 from evodiff_jax.tables import Table
 
@@ -326,7 +326,7 @@ def singlestep_table(methods: Sequence[Sequence[Stage]], orders: np.ndarray, lam
 
 def check_order(solver: str, order: int, highest: int) -> None:
     """Raises ValueError unless `order` is an integer from 1 to `highest`."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= highest:
+    if not is_integer(order) or not 1 <= order <= highest:
         raise ValueError(f"{solver} needs an order of 1 to {highest}, got {order!r}")
 
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from evodiff_jax import kernel
-from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, on_host
+from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, is_integer, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
 from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, pad
 from evodiff_jax.types import (
@@ -85,7 +85,7 @@ def plan(
     """
     check_schedule(schedule)
     check_solver(solver)
-    if max_calls is not None and (isinstance(max_calls, bool) or not isinstance(max_calls, int | np.integer)):
+    if max_calls is not None and not is_integer(max_calls):
         raise TypeError(f"max_calls must be an integer or None, got {max_calls!r}")
     laid_out = plan_from_times(schedule, check_times(times, schedule), solver, denoise_to_zero)
     calls = laid_out.table.time.shape[0]

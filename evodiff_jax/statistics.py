@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from evodiff_jax.files import write_atomically
-from evodiff_jax.numerics import at_least_float32, checked_arguments, on_host
+from evodiff_jax.numerics import at_least_float32, checked_arguments, is_integer, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
 from evodiff_jax.types import Denoiser, check_function, check_keys, check_state
 
@@ -89,12 +89,12 @@ def estimate(
     x_0 = jnp.asarray(x_0)
     check_state(x_0, "x_0")
     key = check_keys(key, 1)
-    if len(x_0) < 2 or not isinstance(num_levels, int) or num_levels < 2:
+    if len(x_0) < 2 or not is_integer(num_levels) or num_levels < 2:
         raise ValueError(
             f"estimate needs two samples and two levels at least, got x_0 {x_0.shape}, {num_levels!r} levels"
         )
     batch_size = len(x_0) if batch_size is None else batch_size
-    if not isinstance(batch_size, int) or batch_size < 1 or len(x_0) % batch_size:
+    if not is_integer(batch_size) or batch_size < 1 or len(x_0) % batch_size:
         raise ValueError(f"batch_size must divide the number of samples, {len(x_0)}, got {batch_size}")
     start, end = on_host(schedule.lambda_, [schedule.t_max, schedule.t_min])
     if not np.isfinite([start, end]).all():

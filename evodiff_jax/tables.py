@@ -30,7 +30,7 @@ import numpy as np
 from jax import export
 from jax.core import Tracer
 
-from evodiff_jax.numerics import namespace
+from evodiff_jax.numerics import is_integer, namespace
 from evodiff_jax.schedules import NoiseSchedule, SomeLevels
 
 
@@ -114,9 +114,7 @@ class Rule:
     per_leaf: bool = True
 
     def __post_init__(self) -> None:
-        if self.channel_axis is not None and (
-            isinstance(self.channel_axis, bool) or not isinstance(self.channel_axis, int | np.integer)
-        ):
+        if self.channel_axis is not None and not is_integer(self.channel_axis):
             raise TypeError(f"channel_axis must be an integer or None, got {self.channel_axis!r}")
         if not isinstance(self.per_leaf, bool | np.bool_):
             raise TypeError(f"per_leaf must be True or False, got {self.per_leaf!r}")

@@ -22,8 +22,6 @@ from evodiff_jax import __version__, interrupts
 from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 
-_PROGRAM = "evodiff-jax"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
@@ -78,8 +76,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(_PROGRAM, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
+    parser = _Parser(
+        interrupts.COMMAND, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"{interrupts.COMMAND} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{sample,compare,info}")
     for name, add_arguments, run, summary in (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fail(error: Exception) -> int:
     """Prints one line, whatever the message holds, and returns the exit code."""
-    print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{interrupts.COMMAND}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evodiff_jax.numerics import Parameters, checked_arguments
+from evodiff_jax.numerics import Parameters, checked_arguments, is_integer
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 
@@ -24,7 +24,7 @@ def grid(make: Callable[Parameters, np.ndarray]) -> Callable[Parameters, np.ndar
 
 def fractions_of(num_steps: int) -> np.ndarray:
     """0 to 1 in equal steps; raises ValueError for anything but a positive number of them."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
+    if not is_integer(num_steps) or num_steps < 1:
         raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
     return np.arange(num_steps + 1) / num_steps
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from evodiff_jax.grids._parts import ends_of, fractions_of, grid
-from evodiff_jax.numerics import on_host
+from evodiff_jax.numerics import is_integer, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 
 _NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise
@@ -36,7 +36,7 @@ def leading(
     References:
       Song, Meng, Ermon, arXiv 2010.02502, appendix D.3; the name is from Lin et al., arXiv 2305.08891, table 2.
     """
-    if isinstance(offset, bool) or not isinstance(offset, int):
+    if not is_integer(offset):
         raise ValueError(f"leading needs an integer for offset, got {offset!r}")
     count = _discrete(schedule, "leading", num_steps)
     times = _timesteps(schedule, np.arange(num_steps)[::-1] * (count // num_steps) + offset, start, end)

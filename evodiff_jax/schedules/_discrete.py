@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.numerics import checked_arguments, concrete_array, namespace
+from evodiff_jax.numerics import checked_arguments, concrete_array, is_integer, namespace
 from evodiff_jax.schedules._schedule import NoiseSchedule
 
 _LOG_OF_NOTHING = -100.0  # of alphas_cumprod before the last level, whose smallest published value is e^-20
@@ -189,7 +189,7 @@ def zero_terminal_snr(alphas_cumprod: ArrayLike) -> np.ndarray:
 
 
 def _check_betas(name: str, num_timesteps: int, first: float, last: float) -> None:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
+    if not is_integer(num_timesteps) or num_timesteps < 1:
         raise ValueError(f"{name} needs a positive integer for num_timesteps, got {num_timesteps!r}")
     if not 0 < first <= last <= 1:
         raise ValueError(f"{name} needs betas above 0 that do not decrease and are at most 1, got {first} to {last}")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evodiff_jax.numerics import at_least_float32, concrete_array, namespace, on_host, widened
+from evodiff_jax.numerics import at_least_float32, concrete_array, is_integer, namespace, on_host, widened
 from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, per_sample, widest
 
 ScheduleFn = Callable[[Any], Any]
@@ -69,7 +69,7 @@ class NoiseSchedule:
         for name in ("alpha", "sigma", "time"):
             if not callable(getattr(self, name)) and not (name == "time" and self.time is None):
                 raise TypeError(f"a schedule needs a function of t for {name}, got {getattr(self, name)!r}")
-        if not (self.num_timesteps is None or (_is_integer(self.num_timesteps) and self.num_timesteps > 0)):
+        if not (self.num_timesteps is None or (is_integer(self.num_timesteps) and self.num_timesteps > 0)):
             raise TypeError(f"num_timesteps must be a positive integer or None, got {self.num_timesteps!r}")
         for name in ("t_min", "t_max"):
             object.__setattr__(self, name, _scalar(name, getattr(self, name)))
@@ -129,7 +129,7 @@ class NoiseSchedule:
           >>> bool(abs(x_T.std() - 80) < 1)
           True
         """
-        is_shape = lambda value: isinstance(value, tuple | list) and all(map(_is_integer, value)) and len(value) > 0
+        is_shape = lambda value: isinstance(value, tuple | list) and all(map(is_integer, value)) and len(value) > 0
         shapes = [tuple(shape)] if is_shape(shape) else jax.tree.leaves(shape, is_leaf=is_shape)
         if not all(map(is_shape, shapes)) or not shapes:
             raise TypeError(f"shape must be a tuple of integers (B, ...), or a pytree of such, got {shape!r}")
@@ -187,10 +187,6 @@ def _scalar(name: str, value: Any) -> float:
     if number.ndim:
         raise ValueError(f"{name} must be a scalar, got shape {number.shape}")
     return float(number)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_schedule(schedule: Any) -> None:
