@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model, classifier = pretrained.load(args.model), pretrained.load_classifier("fashion_mnist")
-    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
+    schedule = model.schedule
     labels = np.arange(args.samples) % model.num_classes
     predict = jax.jit(lambda params, x: jnp.argmax(classifier.predict(params, x).logits, -1))
     print(f"{model.name}, {model.metadata['steps']:,} training steps; {args.samples} samples, {args.calls} calls")

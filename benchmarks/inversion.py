@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = pretrained.load("fashion_mnist")
-    schedule = ed.schedules.edm(model.sigma_min, model.sigma_max)
+    schedule = model.schedule
     labels = jnp.arange(args.images) % model.num_classes
 
     try:

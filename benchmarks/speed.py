@@ -253,7 +253,7 @@ def network(batch: int) -> tuple[Any, jax.Array, Callable[..., jax.Array], str]:
     if jax.default_backend() == "cpu":
         model = pretrained.load("fashion_mnist")
         labels = jnp.arange(batch) % model.num_classes
-        denoise = lambda params, x, t: model.denoise(params, x, t, labels)
+        denoise = lambda params, x, t: model.denoiser(params, labels)(x, t)
         return model.params, noise((batch, *model.image_shape)), denoise, "the packaged U-Net"
     config = pretrained.UNetConfig(image_shape=(32, 32, 3), patch=1, widths=(128, 256, 384), blocks=(2, 2, 2), heads=6)
     x, labels = noise((batch, *config.image_shape)), jnp.arange(batch) % config.num_classes

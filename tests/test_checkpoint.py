@@ -121,7 +121,7 @@ def test_a_model_comes_back_from_its_file(tmp_path):
     path = tmp_path / "tiny.safetensors"
     config, params = tiny_model(path)
     model = pretrained.load(path)
-    assert (model.config, model.name, model.sigma_data) == (config, "tiny", 0.7)
+    assert (model.module.config, model.name, model.licence) == (config, "tiny", "Apache-2.0")
     assert model.metadata == {"steps": 3}
     chex.assert_trees_all_equal(model.params, params)
 

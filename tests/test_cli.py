@@ -76,9 +76,9 @@ def assert_refused(capsys, folder, arguments, reason):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "{sample,compare,info}"),
+        ("", "{sample,compare,evaluate,info,convert}"),
         ("paint", "'paint'"),
-        ("--steps 3", "{sample,compare,info}"),
+        ("--steps 3", "{sample,compare,evaluate,info,convert}"),
         ("info now", "now"),
         ("sample --solver euler2", "sde_dpm_solver_pp-2"),
         ("sample --grid cosine", "time_quadratic"),
@@ -138,15 +138,15 @@ def test_bad_checkpoints(capsys, folder, tiny):
     write_model(folder / "huge.safetensors", CONFIG, image_shape=[100_000, 100_000, 1])
     classifier = str(PACKAGED.with_name("fashion_mnist_classifier.safetensors"))
     for path, reason in (
-        ("half.safetensors", "damaged"),
-        ("empty.safetensors", "damaged"),
-        ("foreign.safetensors", "not one that evodiff_jax wrote"),
+        ("half.safetensors", "download the file again"),
+        ("empty.safetensors", "empty file"),
+        ("foreign.safetensors", "holds no network that is known here (EDM, guided-diffusion"),
         (classifier, "expected a diffusion model"),
         ("two.safetensors", "2 channels"),
         ("broken.safetensors", "not finite"),
         ("integers.safetensors", "has numbers of type int32, floating-point ones are needed"),
         ("huge.safetensors", "images of 100000 x 100000 have 2,500,000,000 positions at the coarsest level"),
-        (str(folder), "no file"),
+        (str(folder), "is a folder"),
     ):
         assert_refused(capsys, folder, ["sample", "--num", "1", "--steps", "1", "--checkpoint", path], reason)
 
@@ -373,7 +373,7 @@ def test_options_reach_the_sampler(tiny, solver, grid, denoise_to_zero, calls):
     keys = jnp.stack([jax.random.split(jax.random.fold_in(jax.random.key(0), i)) for i in range(5)])
     times = getattr(ed.grids, grid)(schedule, 3)
     plan = ed.plan(schedule, times, ed.solvers.FORMS[solver].make(), denoise_to_zero=denoise_to_zero)
-    denoise = lambda x, t: model.denoise(model.params, x, t, jnp.arange(5))
+    denoise = model.denoiser(model.params, jnp.arange(5))
     x_T = schedule.noise(keys[:, 0], (5, 8, 8, 1))
     expected = jax.jit(lambda x_T: ed.sample(denoise, x_T, plan, key=keys[:, 1]))(x_T)
     np.testing.assert_allclose(run.images, expected, rtol=1e-4, atol=1e-4)

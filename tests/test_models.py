@@ -236,7 +236,8 @@ def test_packaged_names():
 
 def test_packaged_model_describes_itself(model):
     assert (model.image_shape, model.num_classes, model.null_class) == ((28, 28, 1), 10, 10)
-    assert (model.sigma_min, model.sigma_max) == (0.002, 80.0)
+    assert (model.schedule.t_min, model.schedule.t_max) == (0.002, 80.0)
+    assert len(model.digest) == 64
     assert {"steps", "loss", "date", "command", "training"} <= set(model.metadata)
     chex.assert_tree_all_finite(model.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
@@ -245,7 +246,7 @@ def test_packaged_model_describes_itself(model):
 
 
 def test_packaged_model_denoises(model, images, labels):
-    denoise = jax.jit(model.denoise)
+    denoise = jax.jit(lambda params, x, sigma, label: model.denoiser(params, label)(x, sigma))
     x0, label = images[:64], labels[:64]
 
     def error(sigma, label):
@@ -267,20 +268,48 @@ def test_packaged_model_denoises(model, images, labels):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_packaged_model_keeps_the_dtype_of_x(model, dtype):
     x = jax.ShapeDtypeStruct((2, 28, 28, 1), dtype)
-    for sigma, label in ((1.0, 3), (np.float64(1.0), np.array([3, 10]))):
-        x0 = jax.eval_shape(lambda x, s=sigma, c=label: model.denoise(model.params, x, s, c), x)
+    for sigma in (1.0, np.float64(1.0)):
+        x0 = jax.eval_shape(lambda x, s=sigma: model.denoiser(model.params, np.array([3, 10]))(x, s), x)
         assert (x0.shape, x0.dtype) == (x.shape, dtype)
 
 
 def test_weights_are_inputs_of_the_program(model):
     x, label = jnp.zeros((2, 28, 28, 1), jnp.float32), jnp.zeros(2, jnp.int32)
-    program = jax.make_jaxpr(model.denoise)(model.params, x, jnp.float32(1.0), label)
+    denoise = lambda params, x, sigma, label: model.denoiser(params, label)(x, sigma)
+    program = jax.make_jaxpr(denoise)(model.params, x, jnp.float32(1.0), label)
     assert sum(np.size(constant) for constant in program.consts) < 1000
 
 
-def test_wrong_labels_are_refused(model):
+@pytest.mark.parametrize(
+    ("label", "error", "message"),
+    [
+        (
+            np.array([0, 11]),
+            ValueError,
+            r"labels of fashion_mnist must be in 0 \.\. 10 \(10 is no class\), got 0 to 11",
+        ),
+        (np.array([-1, 3]), ValueError, "got -1 to 3"),
+        (np.array([0.0, 1.0]), TypeError, "label must be integers, got float64"),
+        (np.array(3), ValueError, r"label must be \(B,\)"),
+    ],
+)
+def test_wrong_labels_are_refused(model, label, error, message):
+    with pytest.raises(error, match=message):
+        model.denoiser(model.params, label)
+
+
+def test_labels_of_another_number_than_samples_are_refused(model):
+    denoise = model.denoiser(model.params, jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="3"):
+        denoise(jnp.zeros((2, 28, 28, 1)), 1.0)
     with pytest.raises(ValueError, match=r"label must be a scalar or \(2,\)"):
-        model.denoise(model.params, jnp.zeros((2, 28, 28, 1)), 1.0, jnp.zeros(3, jnp.int32))
+        pretrained.apply_denoiser(model.module.config, 0.7, model.params, jnp.zeros((2, 28, 28, 1)), 1.0, jnp.zeros(3))
+
+
+def test_a_label_left_out_stands_for_no_class(model):
+    x = normal(0, (2, 28, 28, 1))
+    nothing = model.denoiser(model.params, jnp.full(2, model.null_class))(x, 1.0)
+    np.testing.assert_allclose(model.denoiser(model.params)(x, 1.0), nothing, rtol=1e-6)
 
 
 def test_packaged_classifier_knows_clothes(images, labels):

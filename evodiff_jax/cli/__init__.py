@@ -1,4 +1,4 @@
-"""The command line: `evodiff-jax sample`, `compare` and `info`.
+"""The command line: `evodiff-jax sample`, `compare`, `evaluate` and `info`.
 
 Exit codes: 0 done, 2 a bad argument, a bad file or a missing package, 130 interrupted, 141 nobody reads the output.
 What went wrong is one line on stderr.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from typing import NoReturn
 
 import jax
 
 from evodiff_jax import __version__, interrupts
+from evodiff_jax.cli.checkpoints import add_convert_arguments, add_info_arguments, run_convert, run_info
 from evodiff_jax.cli.compare import add_compare_arguments, run_compare
+from evodiff_jax.cli.evaluate import add_evaluate_arguments, run_evaluate
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 
 
@@ -49,25 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_info(_: argparse.Namespace) -> None:
-    """Prints versions, devices and the packaged models with their cards."""
-    from evodiff_jax import pretrained
-
-    print(f"evodiff_jax {__version__}")
-    for package in ("jax", "jaxlib", "flax", "numpy"):
-        print(f"{package} {importlib.metadata.version(package)}")
-    print(f"python {platform.python_version()}")
-    for device in jax.devices():
-        print(f"device {device.id}: {device.platform}, {device.device_kind}")
-    weights = resources.files(pretrained) / "weights"
-    for name in pretrained.available():
-        model = pretrained.load(name)
-        size = len((weights / f"{name}.safetensors").read_bytes())
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-        print(f"model {name}: {parameters:,} parameters, {model.metadata['steps']:,} steps, {size / 1e6:.1f} MB\n")
-        print((weights / f"{name}.md").read_text(encoding="utf-8"))
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse with its complaints as exceptions: `main` prints them in one line, without the usage."""
 
@@ -80,13 +60,22 @@ def _parser() -> argparse.ArgumentParser:
         interrupts.COMMAND, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"{interrupts.COMMAND} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{sample,compare,info}")
+    commands = parser.add_subparsers(required=True, metavar="{sample,compare,evaluate,info,convert}")
     for name, add_arguments, run, summary in (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
         ("compare", add_compare_arguments, run_compare, "compare solvers on a model"),
-        ("info", lambda _: None, run_info, "versions, devices and packaged models"),
+        (
+            "evaluate",
+            add_evaluate_arguments,
+            run_evaluate,
+            "FID of solvers on a model, from statistics of data and the Inception network",
+        ),
+        ("info", add_info_arguments, run_info, "show what a file of weights holds, or versions and packaged models"),
+        ("convert", add_convert_arguments, run_convert, "write a public checkpoint as a safetensors file"),
     ):
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+        )
         add_arguments(command)
         command.set_defaults(run=run)
     return parser

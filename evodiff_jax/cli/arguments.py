@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 _MAX_GUIDANCE = 100.0
 
@@ -22,6 +25,33 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def settings(text: str) -> dict[str, Any]:
+    """An argument's type: settings as JSON, or the path of a file of such."""
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be JSON in braces or the path of a JSON file, cannot read {text!r}: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, {text!r} is not: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return found
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say which state dict of a file to take, and what network it belongs to."""
+    add = parser.add_argument
+    add(
+        "--config",
+        type=settings,
+        metavar="JSON",
+        help="the network's settings, for a file without them: JSON, or a file of it; see docs/checkpoints.md",
+    )
+    add("--entry", metavar="NAME", help="state dict to take of a training checkpoint with several, such as ema")
 
 
 def guidance(text: str) -> float:

@@ -29,7 +29,9 @@ def make_picture(images: np.ndarray, labels: np.ndarray) -> Image.Image:
     """
     from PIL import Image
 
-    pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    from evodiff_jax.evaluation import to_uint8
+
+    pixels = to_uint8(images)
     pixels = pixels.repeat(_ZOOM, axis=1).repeat(_ZOOM, axis=2)
     rows, columns = _positions(labels)
     height, width = pixels.shape[1] + _PADDING, pixels.shape[2] + _PADDING

@@ -1,9 +1,8 @@
-"""`evodiff-jax sample`: images from the packaged model, or from one of your own."""
+"""`evodiff-jax sample`: images from the packaged model, from a public checkpoint, or from a model of your own."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from evodiff_jax.cli.arguments import guidance, integer
+from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
 from evodiff_jax.cli.output import check_output, make_picture
+from evodiff_jax.denoisers import classifier_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan, sample
-from evodiff_jax.schedules import NoiseSchedule, edm
 from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan
+from evodiff_jax.types import Denoiser
 
 if TYPE_CHECKING:
     from evodiff_jax.pretrained import Model
@@ -71,7 +71,16 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="fashion_mnist",
         metavar="PATH",
-        help="model file that training wrote (default: the packaged model)",
+        help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
+    )
+    add_checkpoint_arguments(parser)
+    add("--classifier", metavar="PATH", help="guide by this classifier of noisy images, of guided-diffusion")
+    add(
+        "--classifier-scale",
+        type=guidance,
+        default=1.0,
+        metavar="SCALE",
+        help="scale of the classifier's guidance (default: %(default)g)",
     )
     add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
     add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
@@ -94,18 +103,20 @@ def run_sample(args: argparse.Namespace) -> None:
     require("tqdm", "PIL", extra="models")
     from evodiff_jax import pretrained
 
-    model = pretrained.load(args.checkpoint)
+    model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
-    model = model._replace(config=dataclasses.replace(model.config, dtype=args.dtype))
     batch = min(args.batch, args.num)
-    labels = make_labels(args.num, model.num_classes, args.label)
-    schedule = edm(model.sigma_min, model.sigma_max)
-    times = GRIDS[args.grid](schedule, args.steps)
-    run_of = plan(schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
-    sampler = make_sampler(model, schedule, run_of, args.guidance)
+    classifier = None if args.classifier is None else load_guide(args.classifier, model)
+    labels = make_labels(args.num, (classifier or model).num_classes, args.label)
+    times = GRIDS[args.grid](model.schedule, args.steps)
+    run_of = plan(model.schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
+    params = model.params, None if classifier is None else classifier.params
+    make_denoiser = denoisers_of(model, args.guidance, classifier, args.classifier_scale)
+    make_denoiser(params, labels[:batch])  # so that what does not fit is known before anything is compiled
+    sampler = make_sampler(model, make_denoiser, run_of)
     try:
-        run = run_batches(sampler, model.params, jax.random.key(args.seed), labels, batch)
+        run = run_batches(sampler, params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
@@ -127,6 +138,8 @@ def run_sample(args: argparse.Namespace) -> None:
     device = jax.devices()[0]
     outputs = args.out if args.npz is None else f"{args.out}, {args.npz}"
     guided = "" if args.guidance == 1 else f" ({evaluations} network evaluations, guidance {args.guidance:g})"
+    if classifier is not None:
+        guided += f", guided by {classifier.name}, scale {args.classifier_scale:g}"
     print(f"model    {model.name}, {parameters:,} parameters, {args.dtype}")
     print(f"solver   {args.solver}, {args.steps} steps on the {args.grid} grid")
     print(f"NFE      {calls} model calls a sample{guided}")
@@ -142,18 +155,22 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
 
     Args:
       num: how many.
-      num_classes: classes that the model knows.
+      num_classes: classes that the model knows, 0 for an unconditional one.
       label: number or name of one class, or None for all classes in turn. Names are Fashion-MNIST's; case, spaces
         and punctuation do not matter.
 
     Returns:
-      int32 (num,).
+      int32 (num,), zeros for an unconditional model.
 
     Raises:
-      ValueError: there is no such class.
+      ValueError: there is no such class, or there are none.
     """
     from evodiff_jax.evaluation.data import CLASS_NAMES
 
+    if num_classes == 0:
+        if label is not None:
+            raise ValueError(f"argument --class: not for an unconditional model, got {label!r}")
+        return np.zeros(num, np.int32)
     if label is None:
         return np.arange(num, dtype=np.int32) % num_classes
     names = {_letters(name): i for i, name in enumerate(CLASS_NAMES)} if num_classes == len(CLASS_NAMES) else {}
@@ -164,8 +181,41 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
     return np.full(num, chosen, np.int32)
 
 
+def load_guide(path: str, model: Model) -> Model:
+    """Loads the classifier that guides a model.
+
+    Raises:
+      ValueError: it is no classifier of noisy images, or of other images, classes or noise than the model's.
+    """
+    from evodiff_jax import pretrained
+
+    classifier = pretrained.load(path)
+    if classifier.network.prediction != "class":
+        raise ValueError(f"argument --classifier: {path} ({classifier.cls}) is no classifier of noisy images")
+    for what in ("image_shape", "num_classes"):
+        ours, theirs = getattr(model, what), getattr(classifier, what)
+        if ours != theirs and ours != 0:  # a model without classes is guided to those of any classifier
+            raise ValueError(f"argument --classifier: {path} has {what} {theirs}, the model {ours}")
+    return classifier
+
+
+def denoisers_of(
+    model: Model, guidance: float, classifier: Model | None, classifier_scale: float
+) -> Callable[[Any, Any], Denoiser]:
+    """Returns (params of model and classifier, labels) -> denoise(x, t), guided as asked for."""
+
+    def make_denoiser(params: Any, labels: Any) -> Denoiser:
+        denoise = model.denoiser(params[0], labels if model.num_classes else None, guidance)
+        if classifier is None:
+            return denoise
+        log_prob = classifier.log_prob(params[1], labels)
+        return classifier_guidance(denoise, log_prob, model.schedule, classifier_scale)
+
+    return make_denoiser
+
+
 def make_sampler(
-    model: Model, schedule: NoiseSchedule, plan: Plan, guidance: float
+    model: Model, make_denoiser: Callable[[Any, Any], Denoiser], plan: Plan
 ) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Returns the pure function (params, key, indices, labels) -> images (B, H, W, C) float32, to be jitted.
 
@@ -174,8 +224,8 @@ def make_sampler(
 
     def sampler(params: Any, key: jax.Array, indices: jax.Array, labels: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
-        x_T = schedule.noise(keys[:, 0], (len(indices), *model.image_shape))
-        return sample(model.denoiser(params, labels, guidance), x_T, plan, key=keys[:, 1])
+        x_T = model.schedule.noise(keys[:, 0], (len(indices), *model.image_shape))
+        return sample(make_denoiser(params, labels), x_T, plan, key=keys[:, 1])
 
     return sampler
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evodiff_jax.evaluation._images import to_uint8
 from evodiff_jax.evaluation._report import FIGURES, SUBJECT, ranking
 from evodiff_jax.evaluation._results import Result
 from evodiff_jax.evaluation._runs import Problem, converged
@@ -158,7 +159,7 @@ def draw_rows(rows: dict[str, np.ndarray]) -> "Image.Image":
     for row, (name, images) in enumerate(rows.items()):
         top = row * height + _PADDING
         draw.text((_PADDING, top + height // 2 - 7), name, fill="black")
-        pixels = np.round((np.nan_to_num(np.clip(images, -1, 1), nan=-1) + 1) * 127.5).astype(np.uint8)
+        pixels = to_uint8(np.nan_to_num(images, nan=-1))
         pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3)).repeat(zoom, axis=1).repeat(zoom, axis=2)
         for column, image in enumerate(pixels):
             canvas.paste(Image.fromarray(image), (_LABEL + column * width, top))

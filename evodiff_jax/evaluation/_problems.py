@@ -114,7 +114,7 @@ def image_model(
     weights = _digest(model.params)
     check_store(folder / name, {"samples": samples, "seed": seed, "weights": weights, "guidance": guidance})
 
-    schedule = edm(model.sigma_min, model.sigma_max)
+    schedule = model.schedule
     of_images = jax.jit(lambda params, x: classifier.predict(params, x).features)
 
     def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:

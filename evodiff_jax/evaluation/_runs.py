@@ -13,6 +13,7 @@ from evodiff_jax.sampling import plan, sample
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.solvers import FORMS, unipc
 from evodiff_jax.tables import Plan, Solver
+from evodiff_jax.types import Denoiser
 
 _CONVERGED_STEPS = 200
 
@@ -73,14 +74,15 @@ def runs(
     grids: dict[str, Grid],
     calls: Iterable[int],
     solvers: dict[str, Callable[[], Solver]] = DETERMINISTIC,
+    denoise_to_zero: bool = False,
 ) -> list[Run]:
-    """Every solver on every grid at every number of model calls that it can take."""
+    """Every solver on every grid at every number of model calls that it can take, the last of `plan` included."""
     found = [
-        Run(solver, name, count, times, digest_of_plan(plan(schedule, times, make())))
+        Run(solver, name, count, times, digest_of_plan(plan(schedule, times, make(), denoise_to_zero=denoise_to_zero)))
         for solver, make in solvers.items()
         for name, grid in grids.items()
         for count in sorted(set(calls))
-        if (times := times_of(schedule, grid, make(), count)) is not None
+        if (times := times_of(schedule, grid, make(), count, denoise_to_zero)) is not None
     ]
     return found
 
@@ -103,21 +105,55 @@ def converged(problem: Problem, folder: Path, steps: int = _CONVERGED_STEPS) -> 
     return stored(folder / problem.name / f"converged_{steps}_{digest}.npy", make)
 
 
-def times_of(schedule: NoiseSchedule, grid: Grid, solver: Solver, calls: int) -> np.ndarray | None:
+def times_of(
+    schedule: NoiseSchedule, grid: Grid, solver: Solver, calls: int, denoise_to_zero: bool = False
+) -> np.ndarray | None:
     """The times of the run that takes exactly `calls` model calls, or None where the solver has no such run."""
-    for steps in (calls, (calls + 1) // 2):
+    of_steps = calls - denoise_to_zero
+    for steps in (of_steps, (of_steps + 1) // 2):
+        if steps < 1:
+            continue
         times = grid(schedule, steps)
-        if plan(schedule, times, solver).calls == calls:
+        if plan(schedule, times, solver, denoise_to_zero=denoise_to_zero).calls == calls:
             return times
     return None
 
 
+def program(make_denoiser: Callable[[Any, Any], Denoiser]) -> Callable[..., Any]:
+    """The pure function (params, x_T, condition, key, plan) -> samples that every command runs, to be jitted.
+
+    Jitted it is compiled once for all plans of one shape: see `sampling.sample`.
+
+    Args:
+      make_denoiser: make_denoiser(params, condition) -> denoise(x, t) for the batch of that condition.
+    """
+
+    def run(params: Any, x_T: Any, condition: Any, key: Any, laid_out: Plan) -> Any:
+        return sample(make_denoiser(params, condition), x_T, laid_out, key=key)
+
+    return run
+
+
+def program_from_key(
+    make_denoiser: Callable[[Any, Any], Denoiser], schedule: NoiseSchedule, shape: tuple[int, ...]
+) -> Callable[..., jax.Array]:
+    """As `program`, the function (params, key, indices, condition, plan) -> samples (B, *shape) float32.
+
+    All randomness of sample i comes from (key, i), so that a sample does not depend on the batch it is made in.
+    """
+    run = program(make_denoiser)
+
+    def run_from_key(params: Any, key: jax.Array, indices: jax.Array, condition: Any, laid_out: Plan) -> jax.Array:
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
+        x_T = schedule.noise(keys[:, 0], (len(indices), *shape))
+        return run(params, x_T, condition, keys[:, 1], laid_out)
+
+    return run_from_key
+
+
 def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[np.ndarray], np.ndarray]:
     """A function from times to samples (N, ...), compiled once for all runs of up to `max_calls` calls."""
-
-    @jax.jit
-    def run(params: Any, x_T: jax.Array, condition: Any, laid_out: Plan) -> jax.Array:
-        return sample(lambda x, t: problem.denoise(params, x, t, condition), x_T, laid_out)
+    run = jax.jit(program(lambda params, condition: lambda x, t: problem.denoise(params, x, t, condition)))
 
     def sampler(times: np.ndarray) -> np.ndarray:
         laid_out = plan(problem.schedule, times, solver, max_calls=max_calls)
@@ -127,7 +163,7 @@ def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[
         made = []
         for rows in batches:
             x_T, condition = jax.tree.map(lambda leaf: leaf[rows], (problem.noise, problem.condition))  # noqa: B023
-            made.append(np.asarray(run(problem.params, x_T, condition, laid_out)))
+            made.append(np.asarray(run(problem.params, x_T, condition, None, laid_out)))
         return np.concatenate(made)[:count]
 
     return sampler

@@ -1,18 +1,13 @@
-"""Flax models: the network, its file format, and the models that come with the package."""
+"""Flax models: public checkpoints, read without PyTorch, and the models that come with the package."""
 
 from evodiff_jax.extras import require
 
 require("flax", "safetensors", extra="models")
 
 from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, ClassifierOutput
-from evodiff_jax.pretrained.packaged import (
-    ImageClassifier,
-    Model,
-    apply_denoiser,
-    available,
-    load,
-    load_classifier,
-)
+from evodiff_jax.pretrained.loading import convert, describe, load
+from evodiff_jax.pretrained.model import Model, from_state
+from evodiff_jax.pretrained.packaged import ImageClassifier, apply_denoiser, available, load_classifier
 from evodiff_jax.pretrained.unet import UNet, UNetConfig
 
 __all__ = [
@@ -25,6 +20,9 @@ __all__ = [
     "UNetConfig",
     "apply_denoiser",
     "available",
+    "convert",
+    "describe",
+    "from_state",
     "load",
     "load_classifier",
 ]

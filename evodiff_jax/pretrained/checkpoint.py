@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from evodiff_jax.files import write_atomically
 
-_FORMAT = "evodiff_jax/1"
+FORMAT = "evodiff_jax/1"
 
 
 class Checkpoint(NamedTuple):
@@ -72,7 +72,7 @@ def save(
                 raise ValueError(f"{name} has values beyond float16; save with half=False")
             array = array.astype(np.float16)
         arrays[name] = array
-    metadata = {"format": _FORMAT, "kind": kind, "config": json.dumps(config), "card": json.dumps(card)}
+    metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config), "card": json.dumps(card)}
     write_atomically(path, lambda file: file.write(safetensors.numpy.save(arrays, metadata)))
 
 
@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], *, kind: str) -> Checkpoint:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy it again or train anew") from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that evodiff_jax wrote")
     if metadata.get("kind") != kind:
         raise ValueError(f"{path} holds a {metadata.get('kind')}, expected a {kind}; pass another file")

@@ -1,11 +1,4 @@
-"""The models that come with the package, as values to pass around.
-
-    model = load("fashion_mnist")
-    x0 = model.denoise(model.params, x, sigma, label)
-
-Parameters are an argument of every function here, so that inside your own jitted function they stay inputs of the
-program rather than constants baked into it.
-"""
+"""The models that come with the package, and models that its training wrote."""
 
 from __future__ import annotations
 
@@ -18,70 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from evodiff_jax.denoisers import classifier_free_guidance
 from evodiff_jax.preconditioning import precondition
 from evodiff_jax.pretrained import checkpoint
 from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
+from evodiff_jax.pretrained.model import Model, digest_of
+from evodiff_jax.pretrained.states import Network, Origin
 from evodiff_jax.pretrained.unet import UNet, UNetConfig, apply_unet
-from evodiff_jax.types import Denoiser
+from evodiff_jax.schedules import edm
 
 _SUFFIX = ".safetensors"
 _CLASSIFIER = "_classifier"
-
-
-class Model(NamedTuple):
-    """A class-conditional diffusion model in EDM's parameterization (alpha = 1, time = sigma).
-
-    Attributes:
-      config: the network's settings.
-      params: its weights, float32.
-      name: what it was loaded as.
-      metadata: what is known about it: steps, batch, loss, date, the command that trained it.
-      sigma_data: standard deviation of its training data.
-      sigma_min: lowest noise level it is meant for.
-      sigma_max: highest noise level it is meant for.
-    """
-
-    config: UNetConfig
-    params: Any
-    name: str
-    metadata: dict[str, Any]
-    sigma_data: float
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of one image."""
-        return self.config.image_shape
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.config.num_classes
-
-    @property
-    def null_class(self) -> int:
-        """The label that stands for "no class"."""
-        return self.config.num_classes
-
-    def denoise(self, params: Any, x: jax.Array, sigma: ArrayLike, label: ArrayLike) -> jax.Array:
-        """Predicts the clean image, see `apply_denoiser`."""
-        return apply_denoiser(self.config, self.sigma_data, params, x, sigma, label)
-
-    def denoiser(self, params: Any, label: jax.Array, guidance: ArrayLike = 1.0) -> Denoiser:
-        """Returns denoise(x, t) for `evodiff_jax.sample`, with classifier-free guidance.
-
-        Args:
-          params: the weights, usually `model.params`.
-          label: integer classes (B,), `null_class` for none.
-          guidance: scale of the guidance, see `denoisers.classifier_free_guidance`; 1 is none.
-        """
-
-        def conditional(x: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
-            return self.denoise(params, x, t, label)
-
-        return classifier_free_guidance(conditional, label, jnp.full_like(label, self.null_class), guidance)
+_ORIGIN = Origin("evodiff_jax", "Apache-2.0")
 
 
 class ImageClassifier(NamedTuple):
@@ -140,34 +80,50 @@ def apply_denoiser(
     return denoise(x, sigma)
 
 
-def load(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> Model:
-    """Loads a diffusion model.
+def load_model(path: Path, name: str, dtype: str = "float32") -> Model:
+    """Loads a diffusion model that training wrote, the packaged ones among them.
 
     Args:
-      name_or_path: the name of a packaged model, or the path of a file that training wrote (it ends in
-        ".safetensors").
+      path: the file.
+      name: what to call it.
+      dtype: what the network computes in, "float32" or "bfloat16".
 
     Returns:
-      The model.
+      The model; its `null_class` is one beyond the classes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: no packaged model has this name, or the file is no diffusion model.
+      ValueError: the file is no diffusion model of this kind.
     """
-    path = _locate(name_or_path, "")
     found = checkpoint.load(path, kind="diffusion model")
     settings = dict(found.config)
     sigma_data = settings.pop("sigma_data", None)
     if not isinstance(sigma_data, float) or not sigma_data > 0:
         raise ValueError(f"{path} states no sigma_data; train anew or pass another file")
-    config = _read_config(UNetConfig, settings, path)
+    config = _read_config(UNetConfig, settings | {"dtype": dtype}, path)
+    shapes = {"x": (1, *config.image_shape), "c_noise": (1,), "label": (1,)}
     arguments = (
-        jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32),
+        jax.ShapeDtypeStruct(shapes["x"], jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
+
+    def predict(_: Any, params: Any, x: jax.Array, sigma: jax.Array, label: jax.Array) -> jax.Array:
+        return apply_denoiser(config, sigma_data, params, x, sigma, label)
+
+    network = Network(
+        module=UNet(config),
+        inputs=shapes,
+        image_shape=config.image_shape,
+        num_classes=config.num_classes,
+        origin=_ORIGIN,
+        schedule=edm(),
+        prediction="data",
+        predict=predict,
+        null_class=config.num_classes,
+    )
     params = _restore_params(UNet(config), arguments, found, path)
-    return Model(config, params, Path(name_or_path).stem, found.card, sigma_data)
+    return Model(name, "UNet", network, params, digest_of(path), found.card)
 
 
 def load_classifier(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> ImageClassifier:
@@ -183,7 +139,7 @@ def load_classifier(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> I
       FileNotFoundError: there is no such file.
       ValueError: no packaged classifier has this name, or the file is no classifier.
     """
-    path = _locate(name_or_path, _CLASSIFIER)
+    path = locate(name_or_path, _CLASSIFIER)
     found = checkpoint.load(path, kind="classifier")
     config = _read_config(ClassifierConfig, found.config, path)
     arguments = (jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32),)
@@ -208,15 +164,19 @@ def _weights() -> Path:
     return Path(str(resources.files("evodiff_jax.pretrained") / "weights"))
 
 
-def _locate(name_or_path: str | os.PathLike[str], ending: str) -> Path:
-    """Returns the file of a packaged name, or the given path."""
+def locate(name_or_path: str | os.PathLike[str], ending: str = "") -> Path:
+    """Returns the file of a packaged name, or the given path.
+
+    Raises:
+      ValueError: it is neither a packaged name nor, by its looks, a path.
+    """
     name = os.fspath(name_or_path)
-    if name.endswith(_SUFFIX) or os.sep in name:
+    if name in _packaged(ending):
+        return _weights() / f"{name}{ending}{_SUFFIX}"
+    if os.sep in name or Path(name).suffix or Path(name).exists():
         return Path(name)
-    if name not in _packaged(ending):
-        known = ", ".join(_packaged(ending)) or "none"
-        raise ValueError(f"no packaged model {name!r}; there are: {known}; or pass the path of a {_SUFFIX} file")
-    return _weights() / f"{name}{ending}{_SUFFIX}"
+    known = ", ".join(_packaged(ending)) or "none"
+    raise ValueError(f"no packaged model {name!r}; there are: {known}; or pass the path of a file")
 
 
 def _read_config(cls: Any, settings: dict[str, Any], path: Path) -> Any:

@@ -1,0 +1,84 @@
+"""Stored outputs of original networks, whose parameters are drawn from their names."""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path(__file__).parent / "data" / "networks"
+
+_SCALED = {
+    "matrix": lambda z: z / np.sqrt(np.prod(z.shape[1:])),
+    "relu_matrix": lambda z: z * np.sqrt(2 / np.prod(z.shape[1:])),
+    "bias": lambda z: 0.1 * z,
+    "norm": lambda z: 1 + 0.1 * z,
+    "running_mean": lambda z: 0.1 * z,
+    "running_var": lambda z: np.exp(0.1 * z),
+    "fourier": lambda z: 16 * z,
+}
+
+
+def normal(name, shape):
+    """Standard normal numbers, float64, by a seed made of a name."""
+    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+
+
+def nhwc(x):
+    return x.transpose(0, 2, 3, 1)
+
+
+class Case:
+    """One stored configuration: what it is, its parameters, inputs and outputs."""
+
+    def __init__(self, folder, name):
+        path = DATA / folder / f"{name}.json"
+        self.facts = json.loads(path.read_text())
+        self.stored = dict(np.load(path.with_suffix(".npz")))
+        self.family, self.cls, self.arguments = (self.facts[key] for key in ("family", "cls", "arguments"))
+
+    def arrays(self, dtype=np.float32):
+        """The parameters in the original layout; float32 numbers, whatever the dtype."""
+        drawn = {}
+        for name, shape, _, kind in self.facts["state"]:
+            if kind != "constant":
+                drawn[name] = _SCALED[kind](normal(name, shape)).astype(np.float32).astype(dtype)
+            elif name.endswith("resample_filter"):
+                taps = np.array(self.arguments.get("resample_filter", [1, 1]), dtype)
+                drawn[name] = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
+            elif f"const:{name}" in self.stored:
+                drawn[name] = self.stored[f"const:{name}"].astype(dtype)
+            else:
+                drawn[name] = np.zeros(shape, np.int64)
+        return drawn
+
+    def inputs(self, dtype=np.float32):
+        """The inputs by the names that the network takes."""
+        given = self.facts["inputs"]
+        x = normal("input:x", given["x"]["shape"]).astype(np.float32)
+        if "sqrt(cond" in given["x"]["recipe"]:
+            x *= np.sqrt(np.square(given["sigma"]) + 0.25).astype(np.float32).reshape(-1, 1, 1, 1)
+        times = {name: np.array(given[name], dtype) for name in ("sigma", "noise_labels", "timesteps") if name in given}
+        labels = {name: np.array(given[name], np.int32) for name in ("labels", "y") if given.get(name) is not None}
+        return {"x": nhwc(x).astype(dtype), **times, **labels}
+
+    def output(self, name):
+        stored = self.stored[name]
+        return nhwc(stored) if stored.ndim == 4 else stored
+
+
+def names(folder):
+    return sorted(path.stem for path in (DATA / folder).glob("*.json"))
+
+
+def full_size(name):
+    """Facts of a released file: class, arguments, and the names and shapes of its arrays."""
+    return json.loads(gzip.decompress((DATA / "full_size" / f"{name}.json.gz").read_bytes()))
+
+
+def error(found, expected):
+    """The largest difference relative to the largest element."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
