@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from evodiff_jax.pretrained.model import FAMILIES
+from evodiff_jax.pretrained.states import original_shapes
+
 DATA = Path(__file__).parent / "data" / "networks"
 
 _SCALED = {
@@ -82,3 +85,59 @@ def error(found, expected):
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
     return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+
+
+def drawn(family, cls, arguments):
+    """Parameters of any configuration by the same recipe; the kind of each is told from its name and shape."""
+    shapes = original_shapes(FAMILIES[family].build(cls, arguments, None))
+    arrays = {}
+    for name, shape in shapes.items():
+        kind = "matrix" if len(shape) > 1 else "norm" if name.endswith("weight") else "bias"
+        arrays[name] = _SCALED[kind](normal(name, shape)).astype(np.float32)
+    return arrays
+
+
+# Small enough to compile in a moment: images of 8 x 8.
+TINY_EDM = (
+    "EDMPrecond",
+    {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 3,
+        "model_type": "SongUNet",
+        "model_channels": 8,
+        "channel_mult": [1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    },
+)
+TINY_ADM = (
+    "UNetModel",
+    {
+        "image_size": 8,
+        "in_channels": 1,
+        "model_channels": 32,
+        "out_channels": 2,
+        "num_res_blocks": 1,
+        "attention_resolutions": [1],
+        "channel_mult": [1],
+        "num_heads": 2,
+        "num_classes": 3,
+        "noise_schedule": "cosine",
+    },
+)
+TINY_CLASSIFIER = (
+    "EncoderUNetModel",
+    {
+        "image_size": 8,
+        "in_channels": 1,
+        "model_channels": 32,
+        "out_channels": 3,
+        "num_res_blocks": 1,
+        "attention_resolutions": [1],
+        "channel_mult": [1],
+        "num_heads": 1,
+        "pool": "adaptive",
+        "noise_schedule": "cosine",
+    },
+)

@@ -1,4 +1,4 @@
-"""`evodiff-jax evaluate`: its table, what it writes, how it goes on, and what it refuses before anything is compiled."""
+"""`evodiff-jax evaluate`: its table, what it writes, how it goes on, and what it refuses before compiling anything."""
 
 import csv
 import functools
@@ -23,6 +23,7 @@ from evodiff_jax.evaluation import _fid
 from evodiff_jax.evaluation.metrics import frechet_distance_of_statistics
 
 EDM = "vp_ddpmpp_uncond"
+WIDTH = 20  # of the features in place of Inception's
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,13 @@ def files(tmp_path_factory):
     write_model(folder / "classes.safetensors")
     inception = networks.Case("inception", "inception_32")
     writers.write_torch_zip(folder / "inception.pth", inception.arrays())
-    features = np.random.default_rng(0).standard_normal((50, 2048))
-    mean, covariance = features.mean(0), np.cov(features, rowvar=False)
-    np.savez(folder / "stats.npz", mu=mean, sigma=covariance)
-    np.savez(folder / "narrow.npz", mu=mean[:64], sigma=covariance[:64, :64])
-    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    np.savez(folder / "batch.npz", mu=mean, sigma=covariance, arr_0=images)
+    for name, width in (("inception", 2048), ("stats", WIDTH), ("narrow", WIDTH - 1)):
+        features = np.random.default_rng(0).standard_normal((50, width))
+        statistics = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
+        np.savez(folder / f"{name}.npz", **statistics)
+        if name == "stats":
+            images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), np.uint8)
+            np.savez(folder / "batch.npz", arr_0=images, **statistics)
     return folder
 
 
@@ -57,7 +59,7 @@ def fast(monkeypatch):
     def features(model):
         if model.network.prediction != "features":
             raise ValueError("no Inception")
-        return lambda images: jax.numpy.resize(images.reshape(len(images), -1) / 255.0, (len(images), 2048))
+        return lambda images: images.reshape(len(images), -1)[:, :WIDTH] / 10.0
 
     monkeypatch.setattr(evaluation, "inception_features", features)
     monkeypatch.setattr(pretrained, "load", _load)
@@ -90,16 +92,19 @@ def command(files, **options):
     ]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_table_of_fids_by_the_inception_network(files, folder, capsys):
-    assert main([*command(files, solvers="unipc-3", calls=3, num=4, batch=2), "--grid", "karras"]) == 0
+    options = {"reference": files / "inception.npz", "solvers": "unipc-3", "calls": 3, "num": 4, "batch": 2}
+    assert main([*command(files, **options), "--grid", "karras"]) == 0
     printed = capsys.readouterr()
-    with (
-        np.load(next((folder / "out" / "runs").glob("unipc-3_karras_3_*.npz"))) as run,
-        np.load(files / "stats.npz") as reference,
-    ):
-        expected = frechet_distance_of_statistics(run["mu"], run["sigma"], reference["mu"], reference["sigma"])
-        mean, samples = run["mu"], int(run["samples"])
+    with np.load(next((folder / "out" / "runs").glob("unipc-3_karras_3_*.npz"))) as run:
+        mean, covariance, samples = run["mu"], run["sigma"], int(run["samples"])
     assert samples == 4
+    with np.load(files / "inception.npz") as reference:
+        expected = frechet_distance_of_statistics(mean, covariance, reference["mu"], reference["sigma"])
     # The features of the same samples by the library's functions.
     model, inception = (pretrained.load(files / name) for name in ("edm.pkl", "inception.pth"))
     solver = evaluation.DETERMINISTIC["unipc-3"]()
@@ -119,7 +124,7 @@ def test_a_table_of_fids_by_the_inception_network(files, folder, capsys):
         "solvers   on the grid karras; model calls a sample",
         "uint8     edm: clip(127.5 x + 128, 0, 255), truncated",
         f"inception inception.pth, SHA-256 {inception.digest}",
-        "reference stats.npz, mu and sigma, SHA-256",
+        "reference inception.npz, mu and sigma, SHA-256",
         "output    out/fid.md, out/fid.csv",
         "note      FID of 4 samples; it is biased upwards, the more the fewer there are. With no more samples than",
         "note      inception.pth is not the released pt_inception-2015-12-05-6726825d.pth, whose SHA-256 begins with",
@@ -133,7 +138,8 @@ def test_a_table_of_fids_by_the_inception_network(files, folder, capsys):
 
 
 def test_a_command_goes_on_where_it_was_stopped(files, folder, capsys, fast, monkeypatch):
-    assert main(command(files, num=20, out="undisturbed")) == 0
+    options = {"checkpoint": files / "classes.safetensors", "num": 20}
+    assert main(command(files, out="undisturbed", **options)) == 0
     expected = capsys.readouterr().out
     monkeypatch.setattr(_fid, "SAVE_SECONDS", 0.0)
     save, saved = _fid._save, []
@@ -145,14 +151,14 @@ def test_a_command_goes_on_where_it_was_stopped(files, folder, capsys, fast, mon
             raise KeyboardInterrupt
 
     monkeypatch.setattr(_fid, "_save", stopping)
-    assert [main(command(files, num=20)) for _ in range(3)] == [130, 130, 0]
+    assert [main(command(files, **options)) for _ in range(3)] == [130, 130, 0]
     printed = capsys.readouterr()
     assert printed.out.replace("out/", "undisturbed/") == expected
     assert len(saved) == 4 * (5 + 1)  # no batch is made twice, and at its end a run is stored once more
     for name in ("fid.md", "fid.csv"):
         assert (folder / "out" / name).read_bytes() == (folder / "undisturbed" / name).read_bytes()
     # Another batch size, more numbers of calls, another solver: the runs that are there are used.
-    assert main(command(files, num=20, batch=7, calls="4,5,6", solvers="unipc-3 heun")) == 0
+    assert main(command(files, **options, batch=7, calls="4,5,6", solvers="unipc-3 heun")) == 0
     table = capsys.readouterr().out.split("\n\n")[-1]
     assert table.split("\n")[1].split()[:3] == expected.split("\n\n")[-1].split("\n")[1].split()
     assert re.search(r"^heun +\S+ +\S+ +\S+$", table, re.MULTILINE) is None
@@ -160,7 +166,7 @@ def test_a_command_goes_on_where_it_was_stopped(files, folder, capsys, fast, mon
 
 def test_runs_of_other_settings_in_the_folder(files, folder, capsys, fast):
     assert main(command(files, solvers="ddim", calls=2)) == 0
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    before = contents(folder)
     for options, message in (
         ({"num": 9}, "samples 8 there, 9 here"),
         ({"seed": 1}, "seed 0 there, 1 here"),
@@ -170,7 +176,7 @@ def test_runs_of_other_settings_in_the_folder(files, folder, capsys, fast):
     ):
         assert main(command(files, solvers="ddim", calls=2, **options)) == 2
         assert message in capsys.readouterr().err
-    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    assert contents(folder) == before
 
 
 def test_classes_guidance_and_bytes(files, folder, capsys, fast):
@@ -268,12 +274,12 @@ def refused(capsys, folder, arguments, message):
         ({"inception": "file"}, "it must be pytorch-fid's pt_inception-2015-12-05-6726825d.pth"),
         ({"inception": "{files}/edm.pkl"}, "argument --inception: {files}/edm.pkl holds VPPrecond; it must be"),
         ({"inception": "{files}/stats.npz"}, "argument --inception: "),
-        ({"reference": "{files}/narrow.npz"}, "narrow.npz is of 64 features, those of {files}/inception.pth are 2048"),
+        ({"reference": "{files}/narrow.npz"}, "narrow.npz is of 19 features, those of {files}/inception.pth are 20"),
         ({"checkpoint": "none.pkl"}, "none.pkl"),
         ({"checkpoint": "."}, "."),
         ({"checkpoint": "file"}, "file"),
         ({"checkpoint": "{files}/inception.pth"}, "inception.pth (InceptionV3) is no diffusion model"),
-        ({"guidance": 2}, "edm.pkl is an unconditional model and has no class to guide to"),
+        ({"guidance": 2}, "edm.pkl is an unconditional model, whose guidance must be 1, got 2.0"),
         ({"class": 1}, "argument --class: not for an unconditional model, got '1'"),
         ({"checkpoint": "{files}/classes.safetensors", "class": 10}, "argument --class: must be in 0 .. 9"),
         ({"solvers": "heun", "calls": 3}, "argument --calls: heun have no runs of 3 calls"),
@@ -303,21 +309,27 @@ def test_a_folder_of_the_kernel_is_not_writable(files, folder, capsys):
     refused(capsys, folder, command(files, out="/proc/fid"), "argument --out: cannot write to '/proc/fid'")
 
 
+CODE = """
+import sys, time
+from evodiff_jax import evaluation
+from evodiff_jax.cli import main
+
+def features(model):
+    def slow(images):
+        time.sleep(0.2)
+        return images.reshape(len(images), -1)[:, :20] / 10.0
+    return slow
+
+evaluation.inception_features = features
+evaluation._fid.SAVE_SECONDS = 0.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_ends_with_130_and_leaves_runs_that_go_on(files, folder):
-    code = (
-        "import sys, time\n"
-        "from evodiff_jax import evaluation\n"
-        "from evodiff_jax.evaluation import _fid\n"
-        "from evodiff_jax.cli import main\n"
-        "_fid.SAVE_SECONDS = 0.0\n"
-        "evaluation.inception_features = lambda model: lambda images: (time.sleep(0.3), images[:, 0, 0, :1] / 255.0)[1]\n"
-        "evaluation._reference.check_statistics = lambda mean, cov: (mean[:1], cov[:1, :1])\n"
-        "import jax; jax.eval_shape = lambda f, *a: jax.ShapeDtypeStruct((1, 1), 'float32')\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     options = {"checkpoint": files / "classes.safetensors", "solvers": "ddim", "calls": 2, "num": 4000}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *command(files, **options)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", CODE, *command(files, **options)], stderr=subprocess.PIPE, text=True
     )
     for _ in range(600):
         time.sleep(0.1)
@@ -325,8 +337,7 @@ def test_ctrl_c_ends_with_130_and_leaves_runs_that_go_on(files, folder):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "evodiff-jax: interrupted\n"
+    assert (process.returncode, err) == (130, "evodiff-jax: interrupted\n")
     with np.load(next(folder.glob("out/runs/ddim*.npz"))) as run:
         assert 4 <= int(run["samples"]) < 4000
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["runs"]

@@ -11,13 +11,14 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
+from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer, settings
 from evodiff_jax.cli.output import check_output, make_picture
 from evodiff_jax.denoisers import classifier_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan, sample
+from evodiff_jax.schedules import some_levels
 from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan
 from evodiff_jax.types import Denoiser
@@ -75,6 +76,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_checkpoint_arguments(parser)
     add("--classifier", metavar="PATH", help="guide by this classifier of noisy images, of guided-diffusion")
+    add("--classifier-config", type=settings, metavar="JSON", help="its settings, as --config")
     add(
         "--classifier-scale",
         type=guidance,
@@ -100,6 +102,8 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.npz is not None:
         check_output("--npz", args.npz, ".npz")
 
+    if args.classifier is None and args.classifier_config is not None:
+        raise ValueError("argument --classifier-config: not without --classifier")
     require("tqdm", "PIL", extra="models")
     from evodiff_jax import pretrained
 
@@ -107,7 +111,7 @@ def run_sample(args: argparse.Namespace) -> None:
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
     batch = min(args.batch, args.num)
-    classifier = None if args.classifier is None else load_guide(args.classifier, model)
+    classifier = None if args.classifier is None else load_guide(args.classifier, args.classifier_config, model)
     labels = make_labels(args.num, (classifier or model).num_classes, args.label)
     times = GRIDS[args.grid](model.schedule, args.steps)
     run_of = plan(model.schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
@@ -181,7 +185,7 @@ def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
     return np.full(num, chosen, np.int32)
 
 
-def load_guide(path: str, model: Model) -> Model:
+def load_guide(path: str, config: dict[str, Any] | None, model: Model) -> Model:
     """Loads the classifier that guides a model.
 
     Raises:
@@ -189,13 +193,15 @@ def load_guide(path: str, model: Model) -> Model:
     """
     from evodiff_jax import pretrained
 
-    classifier = pretrained.load(path)
+    classifier = pretrained.load(path, config=config)
     if classifier.network.prediction != "class":
         raise ValueError(f"argument --classifier: {path} ({classifier.cls}) is no classifier of noisy images")
     for what in ("image_shape", "num_classes"):
         ours, theirs = getattr(model, what), getattr(classifier, what)
         if ours != theirs and ours != 0:  # a model without classes is guided to those of any classifier
             raise ValueError(f"argument --classifier: {path} has {what} {theirs}, the model {ours}")
+    if some_levels(classifier.schedule) != some_levels(model.schedule):
+        raise ValueError(f"argument --classifier: {path} was trained on the noise of another schedule than the model")
     return classifier
 
 

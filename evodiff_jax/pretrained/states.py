@@ -94,7 +94,7 @@ def check_arguments(cls: Any, arguments: Mapping[str, Any], of: str) -> Any:
         value = tuple(value) if isinstance(value, list | tuple) else value
         if annotation.startswith("tuple"):
             inner = kinds[annotation.split("[")[1].split(",")[0]]
-            fits = isinstance(value, tuple) and value and all(isinstance(v, inner) and v >= 0 for v in value)
+            fits = isinstance(value, tuple) and all(isinstance(v, inner) and v >= 0 for v in value)
         else:
             fits = isinstance(value, kinds[annotation]) and (annotation == "bool") == isinstance(value, bool)
             fits = fits and not (annotation == "int" and not -1 <= value <= 2**20)  # pyright: ignore[reportOperatorIssue]

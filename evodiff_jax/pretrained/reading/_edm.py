@@ -6,7 +6,6 @@ attributes, and the source code is dropped.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -205,6 +204,6 @@ def _plain(value: Any, name: str, budget: Budget, depth: int = 0) -> Any:
         return value
     if type(value) in (list, tuple):
         return [_plain(item, name, budget, depth + 1) for item in value]
-    if type(value) in (dict, collections.OrderedDict):
+    if isinstance(value, dict):
         return {key: _plain(item, name, budget, depth + 1) for key, item in value.items()}
     raise FormatError(f"has {shown(value)} in {name}, expected numbers, strings and lists of them")
