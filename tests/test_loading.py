@@ -1,6 +1,9 @@
 """From files of weights to models, in the library and on the command line."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import chex
 import jax
@@ -17,6 +20,8 @@ from evodiff_jax.pretrained import loading
 from evodiff_jax.pretrained.reading import read
 
 pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[1]
 
 EDM = networks.drawn("edm", *networks.TINY_EDM)
 ADM = networks.drawn("adm", *networks.TINY_ADM)
@@ -351,3 +356,39 @@ def test_info_says_why_a_file_does_not_load(folder, adm_file, capsys):
     assert "loads    yes" in out
     code, out, _ = run(capsys, "info", adm_file, "--config", json.dumps({**networks.TINY_ADM[1], "num_classes": 4}))
     assert "loads    no: adm.pt: label_emb.weight has shape (3, 128), its configuration needs (4, 128)" in out
+
+
+# The documentation
+
+
+def test_the_code_of_the_page(folder):
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    cls, arguments = networks.TINY_EDM
+    arguments = arguments | {"img_channels": 3, "label_dim": 10}
+    writers.write_edm_pickle(
+        folder / "edm-cifar10-32x32-cond-vp.pkl", cls, arguments, networks.drawn("edm", cls, arguments)
+    )
+    for name, (cls, arguments) in (
+        ("64x64_diffusion", networks.TINY_ADM),
+        ("64x64_classifier", networks.TINY_CLASSIFIER),
+    ):
+        arguments = arguments | ({"num_classes": 4} if name == "64x64_diffusion" else {"out_channels": 4})
+        writers.write_torch_zip(folder / "arrays.pt", networks.drawn("adm", cls, arguments))
+        pretrained.convert("arrays.pt", f"{name}.safetensors", config=arguments)
+        (folder / f"{name}.safetensors").rename(folder / f"{name}.pt")  # a file is known by its content
+    names = {}
+    shapes = []
+    for block in blocks:
+        exec(compile(block, "docs/checkpoints.md", "exec"), names)
+        shapes.append(names["x"].shape)
+        assert bool(jnp.isfinite(names["x"]).all())
+    assert shapes == [(4, 8, 8, 3), (4, 8, 8, 1)]
+
+
+def test_the_commands_of_the_page_are_understood():
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    commands = re.findall(r"^    evodiff-jax (.*)$", page, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command))

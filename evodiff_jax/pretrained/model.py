@@ -191,7 +191,7 @@ class Model(NamedTuple):
             raise ValueError(f"{self.name} needs labels, integers in 0 .. {self.num_classes - 1}")
 
     def _checked(self, label: Any) -> jax.Array:
-        label = label if isinstance(label, jax.Array) else np.asarray(label)
+        label = label if isinstance(label, Tracer) else np.asarray(label)
         if not jnp.issubdtype(label.dtype, jnp.integer):
             raise TypeError(f"label must be integers, got {label.dtype}")
         if label.ndim != 1:
