@@ -63,6 +63,7 @@ def fast(monkeypatch):
         return lambda images: images.reshape(len(images), -1)[:, :WIDTH] / 10.0
 
     monkeypatch.setattr(evaluation, "inception_features", features)
+    monkeypatch.setattr(pretrained.inception, "FEATURES", WIDTH)
     monkeypatch.setattr(pretrained, "load", _load)
 
 
@@ -283,7 +284,7 @@ def refused(capsys, folder, arguments, message):
         ({"inception": "file"}, "it must be pytorch-fid's pt_inception-2015-12-05-6726825d.pth"),
         ({"inception": "{files}/edm.pkl"}, "argument --inception: {files}/edm.pkl holds VPPrecond; it must be"),
         ({"inception": "{files}/stats.npz"}, "argument --inception: "),
-        ({"reference": "{files}/narrow.npz"}, "narrow.npz is of 19 features, those of {files}/inception.pth are 20"),
+        ({"reference": "{files}/narrow.npz"}, "narrow.npz is of 19 features, those of Inception are 20"),
         ({"checkpoint": "none.pkl"}, "none.pkl"),
         ({"checkpoint": "."}, "."),
         ({"checkpoint": "file"}, "file"),
@@ -322,6 +323,7 @@ CODE = """
 import sys, time
 from evodiff_jax import evaluation
 from evodiff_jax.cli import main
+from evodiff_jax.pretrained import inception
 
 def features(model):
     def slow(images):
@@ -330,6 +332,7 @@ def features(model):
     return slow
 
 evaluation.inception_features = features
+inception.FEATURES = 20
 evaluation._fid.SAVE_SECONDS = 0.0
 sys.exit(main(sys.argv[1:]))
 """

@@ -11,11 +11,12 @@ import pytest
 
 from evodiff_jax import pretrained
 from evodiff_jax.numerics import enable_x64
+from evodiff_jax.pretrained import inception
 from evodiff_jax.pretrained.model import FAMILIES
 from evodiff_jax.pretrained.states import original_shapes
 
 CASES = networks.names("inception")
-OUTPUTS = {"pool3": 2048, "block0": 64, "block1": 192, "block2": 768}
+OUTPUTS = {"pool3": inception.FEATURES, "block0": 64, "block1": 192, "block2": 768}
 
 
 @functools.cache
@@ -135,7 +136,12 @@ def test_it_is_a_network_of_features_and_no_diffusion_model():
         ("InceptionV3", {"dims": 64}, {}, "InceptionV3 has no setting dims; known: resize_input, normalize_input"),
         ("InceptionV3", {"resize_input": 1}, {}, "resize_input of the kind bool, got 1"),
         # Those of torchvision are other weights of nearly the same network.
-        ("InceptionV3", {}, {"AuxLogits.fc.weight": np.zeros((1000, 768), np.float32)}, r"unknown AuxLogits\.fc"),
+        (
+            "InceptionV3",
+            {},
+            {"AuxLogits.fc.weight": np.zeros((1000, 768), np.float32)},
+            r"no use for the arrays AuxLogits\.fc",
+        ),
     ],
 )
 def test_what_is_refused(cls, arguments, extra, message):

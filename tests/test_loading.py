@@ -131,12 +131,12 @@ def test_the_state_dict_of_a_training_checkpoint(folder):
     ("name", "config", "message"),
     [
         ("other.pt", None, r"named like none of the released ones \(64x64_diffusion.*give config"),
-        ("64x64_diffusion.pt", None, r"64x64_diffusion\.pt: 64x64_diffusion\.pt lacks .* \(\d+ in all\)"),
+        ("64x64_diffusion.pt", None, r"64x64_diffusion\.pt: UNetModel needs the arrays .* \(\d+ in all\)"),
         ("64_256_upsampler.pt", None, "enlarges images, which is not supported"),
         ("other.pt", {"model_channels": 32}, "UNetModel needs image_size, in_channels, out_channels"),
         ("other.pt", {**networks.TINY_ADM[1], "cls": "Net"}, "unknown class 'Net' of family 'adm'"),
-        ("other.pt", {**networks.TINY_ADM[1], "num_res_blocks": 2}, r"lacks input_blocks\.2\.0"),
-        ("other.pt", {**networks.TINY_ADM[1], "num_classes": None}, r"has the unknown label_emb\.weight"),
+        ("other.pt", {**networks.TINY_ADM[1], "num_res_blocks": 2}, r"needs the arrays input_blocks\.2\.0"),
+        ("other.pt", {**networks.TINY_ADM[1], "num_classes": None}, r"has no use for the arrays label_emb\.weight"),
     ],
 )
 def test_guided_diffusion_needs_a_configuration_that_fits(folder, name, config, message):
@@ -355,7 +355,7 @@ def test_info_says_why_a_file_does_not_load(folder, adm_file, capsys):
     assert "UNetModel (family adm)" in out
     assert "loads    yes" in out
     code, out, _ = run(capsys, "info", adm_file, "--config", json.dumps({**networks.TINY_ADM[1], "num_classes": 4}))
-    assert "loads    no: adm.pt: label_emb.weight has shape (3, 128), its configuration needs (4, 128)" in out
+    assert "loads    no: label_emb.weight has shape (3, 128), UNetModel with this configuration needs (4, 128)" in out
 
 
 # The documentation

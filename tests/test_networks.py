@@ -135,8 +135,8 @@ def test_iddpm_rounds_the_noise_level_that_the_network_sees_and_no_other():
         ("EDMPrecond", {"model_channels": 10**9}, "model_channels"),
         ("EDMPrecond", {"sigma_data": "much"}, "sigma_data"),
         ("EDMPrecond", {"model_channels": 32}, r"weight has shape \(3, 16, 3, 3\), .* needs \(3, 32, 3, 3\)"),
-        ("EDMPrecond", {"num_blocks": 3}, r"EDMPrecond lacks .*, .*, .*, \.\.\. \(\d+ in all\)"),
-        ("EDMPrecond", {"attn_resolutions": [1]}, r"EDMPrecond has the unknown .*\(\d+ in all\)"),
+        ("EDMPrecond", {"num_blocks": 3}, r"EDMPrecond needs the arrays .*, .*, .*, \.\.\. \(\d+ in all\), which"),
+        ("EDMPrecond", {"attn_resolutions": [1]}, r"EDMPrecond has no use for the arrays .*\(\d+ in all\)"),
     ],
 )
 def test_configurations_that_do_not_fit(cls, arguments, message):
@@ -157,7 +157,7 @@ def test_configurations_that_do_not_fit(cls, arguments, message):
         ("UNetModel", {"channel_mult": [1, 1.3]}, "multiples of 32 channels, channel_mult 1.3 makes 41"),
         ("UNetModel", {"image_size": 17}, "halves images 1 times"),
         ("UNetModel", {"use_new_attention_order": 1}, "use_new_attention_order of the kind bool, got 1"),
-        ("UNetModel", {"num_classes": None}, r"UNetModel has the unknown label_emb\.weight"),
+        ("UNetModel", {"num_classes": None}, r"UNetModel has no use for the arrays label_emb\.weight"),
         ("UNetModel", {"num_classes": 12}, r"label_emb\.weight has shape \(10, 128\), .* needs \(12, 128\)"),
         ("UNetModel", {"num_head_channels": 48}, "num_head_channels"),
         ("EncoderUNetModel", {"pool": "spatial"}, "unsupported pool 'spatial'"),

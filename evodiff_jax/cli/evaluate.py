@@ -116,19 +116,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     check_folder("--out", args.out / _RUNS if args.out.exists() else args.out)
     require("tqdm", extra="models")
     from evodiff_jax import evaluation, pretrained
+    from evodiff_jax.pretrained.inception import FEATURES
 
     try:
         reference = evaluation.read_reference(args.reference, args.reference_images)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"argument --reference: {error}") from error
     inception = _load_inception(args.inception)
-    width = jax.eval_shape(
-        evaluation.inception_features(inception), jax.ShapeDtypeStruct((1, 32, 32, 3), "uint8")
-    ).shape[1]
-    if reference.mean is not None and len(reference.mean) != width:
+    if reference.mean is not None and len(reference.mean) != FEATURES:
         raise ValueError(
-            f"argument --reference: {args.reference} is of {len(reference.mean)} features, those of {args.inception} "
-            f"are {width}"
+            f"argument --reference: {args.reference} is of {len(reference.mean)} features, those of Inception are {FEATURES}"
         )
     model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
     source = _source(args, model)
@@ -177,7 +174,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
             raise
 
     facts = _facts(args, model, inception, reference, uint8, grids)
-    remarks = _remarks(args, results, inception, width)
+    remarks = _remarks(args, results, inception, FEATURES)
     remarks += [f"{s} has no run of exactly {n} model calls on the grid {g}: left out." for s, g, n in without]
     written = evaluation.write_fid_report(args.out, results, [f"{name} {text}" for name, text in facts], remarks)
     for name, text in facts:

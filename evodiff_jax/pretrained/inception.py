@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from evodiff_jax.pretrained.states import Network, Origin, check_arguments
 
 ORIGIN = Origin("mseitzer/pytorch-fid", "Apache-2.0")
+FEATURES = 2048  # of "pool3"
 UNUSED = (r"fc\.(weight|bias)", r".*\.num_batches_tracked")
 
 _SIZE = 299  # pixels

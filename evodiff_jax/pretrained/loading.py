@@ -175,7 +175,7 @@ def describe(
             recognised = recognise(path, contents, config)
             if recognised.family in FAMILIES:
                 licence = FAMILIES[recognised.family].origin.licence
-            check(build(*recognised), contents.arrays, path.name)
+            check(build(*recognised), contents.arrays, recognised.cls)
         except ValueError as error:
             problem = str(error)
     arrays = {name: (array.shape, str(array.dtype)) for name, array in contents.arrays.items()}

@@ -251,4 +251,4 @@ def from_state(
         shape or not floating-point.
     """
     network = build(family, cls, arguments, dtype)
-    return Model(name or cls, cls, network, restore(network, arrays, name or cls), digest, {})
+    return Model(name or cls, cls, network, restore(network, arrays, cls), digest, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -95,6 +95,7 @@ def check_arguments(cls: Any, arguments: Mapping[str, Any], of: str) -> Any:
         if annotation.startswith("tuple"):
             inner = kinds[annotation.split("[")[1].split(",")[0]]
             fits = isinstance(value, tuple) and all(isinstance(v, inner) and v >= 0 for v in value)
+            fits = fits and (value or name.endswith("_resolutions"))  # of those where attention is there may be none
         else:
             fits = isinstance(value, kinds[annotation]) and (annotation == "bool") == isinstance(value, bool)
             fits = fits and not (annotation == "int" and not -1 <= value <= 2**20)  # pyright: ignore[reportOperatorIssue]
@@ -125,13 +126,13 @@ def original_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     return {name: _original_shape(path, leaf.shape) for path, name, leaf in _expected(network)[0]}
 
 
-def restore(network: Network, arrays: Mapping[str, Any], where: str) -> Any:
+def restore(network: Network, arrays: Mapping[str, Any], of: str) -> Any:
     """Puts arrays by their original names into the module's tree of parameters, once `check` has passed them.
 
     Args:
       network: the module.
       arrays: original name to array in the original layout, of any floating-point type.
-      where: what they come from, for messages.
+      of: the class, for messages.
 
     Returns:
       The parameters, float32, or float64 where an array is and JAX has it enabled.
@@ -139,33 +140,34 @@ def restore(network: Network, arrays: Mapping[str, Any], where: str) -> Any:
     Raises:
       ValueError: as `check`.
     """
-    check(network, arrays, where)
     expected, structure = _expected(network)
+    _check(expected, network.unused, arrays, of)
     leaves = [_converted(path, arrays[name]) for path, name, _ in expected]
     return jax.tree.unflatten(structure, leaves)
 
 
-def check(network: Network, arrays: Mapping[str, Any], where: str) -> None:
+def check(network: Network, arrays: Mapping[str, Any], of: str) -> None:
     """Checks that arrays are those of a module.
 
     Raises:
       ValueError: an array is missing, left over, of another shape, or not floating-point.
     """
-    expected, _ = _expected(network)
+    _check(_expected(network)[0], network.unused, arrays, of)
+
+
+def _check(expected: Sequence[tuple[str, str, Any]], unused: Sequence[str], arrays: Mapping[str, Any], of: str) -> None:
     names = {name for _, name, _ in expected}
-    unused = re.compile("|".join(network.unused) or "(?!)")
+    ignored = re.compile("|".join(unused) or "(?!)")
     if missing := [name for _, name, _ in expected if name not in arrays]:
-        raise ValueError(f"{where} lacks {_some(missing)}; it does not fit its configuration")
-    if extra := [name for name in arrays if name not in names and not unused.fullmatch(name)]:
-        raise ValueError(f"{where} has the unknown {_some(extra)}; it does not fit its configuration")
+        raise ValueError(f"{of} needs the arrays {_some(missing)}, which are missing: the configuration does not fit")
+    if extra := [name for name in arrays if name not in names and not ignored.fullmatch(name)]:
+        raise ValueError(f"{of} has no use for the arrays {_some(extra)}: the configuration does not fit")
     for path, name, leaf in expected:
         shape, needed = tuple(arrays[name].shape), _original_shape(path, leaf.shape)
         if shape != needed:
-            raise ValueError(f"{where}: {name} has shape {shape}, its configuration needs {needed}")
+            raise ValueError(f"{name} has shape {shape}, {of} with this configuration needs {needed}")
         if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
-            raise ValueError(
-                f"{where}: {name} has numbers of type {arrays[name].dtype}, floating-point ones are needed"
-            )
+            raise ValueError(f"{name} has numbers of type {arrays[name].dtype}, floating-point ones are needed")
 
 
 def _expected(network: Network) -> tuple[list[tuple[str, str, Any]], Any]:
