@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import networks
@@ -17,10 +19,12 @@ import pytest
 import writers
 from tiny_models import write_model
 
-from evodiff_jax import evaluation, grids, plan, pretrained, solvers
+from evodiff_jax import cli, evaluation, grids, plan, pretrained, solvers
 from evodiff_jax.cli import main
 from evodiff_jax.evaluation import _fid
+from evodiff_jax.solvers import FORMS
 
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "fid.md").read_text()
 EDM = "vp_ddpmpp_uncond"
 WIDTH = 20  # of the features in place of Inception's
 
@@ -247,6 +251,33 @@ def test_too_large_a_batch(files, capsys, fast, monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", exhausted)
     assert main(command(files)) == 2
     assert "a batch of 4 images does not fit in memory: use a smaller --batch" in capsys.readouterr().err
+
+
+def test_commands_of_the_documentation():
+    commands = re.findall(r"^    (evodiff-jax evaluate (?:.*\\\n)*.*)$", DOCUMENT, re.MULTILINE)
+    assert len(commands) == 2
+    for text in commands:
+        _, *arguments = shlex.split(text.replace("\\\n", ""))
+        args = cli._parser().parse_args(arguments)
+        assert set(args.solvers[0].split(",")) <= set(FORMS)
+        assert args.num == 50_000
+
+
+def test_the_code_of_the_documentation_runs(files, folder, capsys, fast):
+    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+    for name, file in (
+        ("edm-cifar10-32x32-uncond-vp.pkl", "classes.safetensors"),
+        ("pt_inception-2015-12-05-6726825d.pth", "inception.pth"),
+        ("cifar10-32x32.npz", "stats.npz"),
+        ("50_000", "8"),
+        ("batch=500", "batch=4"),
+    ):
+        assert name in block
+        block = block.replace(f'"{name}"', f'"{files / file}"').replace(name, file)
+    exec(block, {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines] == [["released", "5"], ["released", "10"]]
+    assert all(np.isfinite(float(line[2])) for line in lines)
 
 
 def refused(capsys, folder, arguments, message):

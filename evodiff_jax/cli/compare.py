@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 
 from evodiff_jax import __version__
-from evodiff_jax.cli.arguments import guidance, integer
+from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
 from evodiff_jax.cli.output import check_folder
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
@@ -29,8 +30,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint",
         metavar="PATH",
-        help="model file that training wrote (default: the packaged model)",
+        help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
     )
+    add_checkpoint_arguments(parser)
     add("--exact", metavar="MODEL", help="mixture-2d or mixture-64d, models without error, for a network")
     add("--guidance", type=guidance, metavar="SCALE", help="classifier-free guidance (default: 1, which is none)")
     add("--data", metavar="DIR", help="folder of the Fashion-MNIST IDX files")
@@ -118,10 +120,11 @@ def _problem(args: argparse.Namespace) -> Problem:
     batch = min(args.batch, args.samples)
     if args.exact is not None:
         return evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
-    model = pretrained.load(args.checkpoint or _PACKAGED)
+    model = pretrained.load(args.checkpoint or _PACKAGED, config=args.config, entry=args.entry)
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
     scale = 1.0 if args.guidance is None else args.guidance
+    model.denoiser(model.params, np.zeros(1, np.int32) if model.num_classes else None, scale)  # checks the scale
     return evaluation.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
 
 

@@ -61,14 +61,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=_SOLVERS,
         metavar="SOLVER",
-        help=f"of {', '.join(FORMS)}, {listed} (default: {','.join(_SOLVERS)})",
+        help=f"of {', '.join(FORMS)}, {listed} (default: {', '.join(_SOLVERS)})",
     )
     add(
         "--calls",
         nargs="+",
         default=_CALLS,
         metavar="N",
-        help=f"model calls a sample, {listed} (default: {','.join(map(str, _CALLS))})",
+        help=f"model calls a sample, {listed} (default: {', '.join(map(str, _CALLS))})",
     )
     add("--grid", nargs="+", default=("log_snr",), metavar="GRID", help=f"of {', '.join(GRIDS)} (default: log_snr)")
     add("--num", type=integer(2, 10_000_000), default=50_000, help="samples of every run (default: %(default)s)")
@@ -125,7 +125,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     inception = _load_inception(args.inception)
     if reference.mean is not None and len(reference.mean) != FEATURES:
         raise ValueError(
-            f"argument --reference: {args.reference} is of {len(reference.mean)} features, those of Inception are {FEATURES}"
+            f"argument --reference: {args.reference} is of {len(reference.mean)} features, those of Inception are "
+            f"{FEATURES}"
         )
     model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
     source = _source(args, model)

@@ -17,7 +17,7 @@ from evodiff_jax.denoisers import classifier_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
-from evodiff_jax.sampling import plan, sample
+from evodiff_jax.sampling import plan
 from evodiff_jax.schedules import some_levels
 from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan
@@ -105,7 +105,7 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.classifier is None and args.classifier_config is not None:
         raise ValueError("argument --classifier-config: not without --classifier")
     require("tqdm", "PIL", extra="models")
-    from evodiff_jax import pretrained
+    from evodiff_jax import evaluation, pretrained
 
     model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
     if model.image_shape[2] not in (1, 3):
@@ -118,9 +118,9 @@ def run_sample(args: argparse.Namespace) -> None:
     params = model.params, None if classifier is None else classifier.params
     make_denoiser = denoisers_of(model, args.guidance, classifier, args.classifier_scale)
     make_denoiser(params, labels[:batch])  # so that what does not fit is known before anything is compiled
-    sampler = make_sampler(model, make_denoiser, run_of)
+    sampler = evaluation.program_from_key(make_denoiser, model.schedule, model.image_shape)
     try:
-        run = run_batches(sampler, params, jax.random.key(args.seed), labels, batch)
+        run = run_batches(sampler, run_of, params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
@@ -220,27 +220,14 @@ def denoisers_of(
     return make_denoiser
 
 
-def make_sampler(
-    model: Model, make_denoiser: Callable[[Any, Any], Denoiser], plan: Plan
-) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Returns the pure function (params, key, indices, labels) -> images (B, H, W, C) float32, to be jitted.
-
-    All randomness of image i comes from (key, i), so that an image does not depend on the batch it is made in.
-    """
-
-    def sampler(params: Any, key: jax.Array, indices: jax.Array, labels: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
-        x_T = model.schedule.noise(keys[:, 0], (len(indices), *model.image_shape))
-        return sample(make_denoiser(params, labels), x_T, plan, key=keys[:, 1])
-
-    return sampler
-
-
-def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, labels: np.ndarray, batch: int) -> Run:
+def run_batches(
+    sampler: Callable[..., jax.Array], plan: Plan, params: Any, key: jax.Array, labels: np.ndarray, batch: int
+) -> Run:
     """Compiles a sampler once and runs it over all images; the last batch is filled up and trimmed.
 
     Args:
-      sampler: what `make_sampler` returned.
+      sampler: from `evaluation.program_from_key`.
+      plan: the plan of the run.
       params: the weights.
       key: the key of the run.
       labels: int32 (N,), the classes.
@@ -259,13 +246,13 @@ def run_batches(sampler: Callable[..., jax.Array], params: Any, key: jax.Array, 
     # disable=None: no bar unless stderr is a terminal.
     with tqdm(total=num, unit="image", desc="compiling", leave=False, disable=None) as bar:
         start = time.perf_counter()
-        compiled = jax.jit(sampler).lower(params, key, indices[0], classes[0]).compile()
+        compiled = jax.jit(sampler).lower(params, key, indices[0], classes[0], plan).compile()
         compiled_at = time.perf_counter()
         bar.set_description("sampling")
         sampling = 0.0
         for i, c in zip(indices, classes, strict=True):
             started = time.perf_counter()
-            x = jax.block_until_ready(compiled(params, key, i, c))
+            x = jax.block_until_ready(compiled(params, key, i, c, plan))
             sampling += time.perf_counter() - started
             images.append(np.asarray(x))
             bar.update(min(batch, num - bar.n))

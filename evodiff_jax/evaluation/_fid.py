@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.evaluation._images import UINT8, to_uint8
+from evodiff_jax.evaluation._problems import digest_of_params
 from evodiff_jax.evaluation._reference import Reference, stored_rows
 from evodiff_jax.evaluation._runs import Run, program_from_key, runs
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
@@ -139,14 +140,6 @@ def source_of(model: "Model", guidance: float = 1.0, label: int | None = None) -
         "guidance": float(guidance),
     }
     return Source(make_denoiser, model.params, model.schedule, model.image_shape, classes, label, settings)
-
-
-def digest_of_params(params: Any) -> str:
-    """SHA-256 of a tree of arrays, in hexadecimal."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def inception_features(model: "Model") -> Features:

@@ -84,7 +84,7 @@ def image_model(
     batch: int = 100,
     data: str | os.PathLike[str] | None = None,
 ) -> Problem:
-    """A class-conditional image model, with the classes in turn.
+    """An image model, with the classes in turn where it has some.
 
     Images of the packaged classifier's shape are judged by its features against the test set of Fashion-MNIST; others
     by their pixels against converged samples of other noise.
@@ -111,14 +111,14 @@ def image_model(
     classifier = load_classifier("fashion_mnist")
     fits = model.image_shape == classifier.config.image_shape
     test = load_fashion_mnist("test", data).images if fits else None
-    weights = _digest(model.params)
+    weights = digest_of_params(model.params)[:16]
     check_store(folder / name, {"samples": samples, "seed": seed, "weights": weights, "guidance": guidance})
 
     schedule = model.schedule
     of_images = jax.jit(lambda params, x: classifier.predict(params, x).features)
 
     def denoise(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
-        return model.denoiser(params, labels, guidance)(x, t)
+        return model.denoiser(params, labels if model.num_classes else None, guidance)(x, t)
 
     def features(x: np.ndarray) -> np.ndarray:
         return in_parts(lambda part: of_images(classifier.params, part), x)
@@ -131,7 +131,7 @@ def image_model(
         params=model.params,
         schedule=schedule,
         noise=schedule.t_max * np.random.default_rng(seed).standard_normal(shape, np.float32),
-        condition=np.arange(count, dtype=np.int32) % model.num_classes,
+        condition=np.arange(count, dtype=np.int32) % max(model.num_classes, 1),
         features=features if fits else lambda x: x.reshape(len(x), -1),
         data=np.empty(0),
         batch=batch,
@@ -180,8 +180,9 @@ def in_parts(function: Any, x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(function(part)) for part in parts])
 
 
-def _digest(params: Any) -> str:
+def digest_of_params(params: Any) -> str:
+    """SHA-256 of a tree of arrays, in hexadecimal."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
