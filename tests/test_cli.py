@@ -326,12 +326,12 @@ def test_images_do_not_depend_on_the_batch(tiny):
 def test_one_compilation_for_all_batches():
     traces = []
 
-    def sampler(params, key, indices, labels):
+    def sampler(params, key, indices, labels, plan):
         traces.append(indices.shape)
-        return (params * indices + labels)[:, None, None, None].astype(jnp.float32)
+        return (params * indices + labels + plan)[:, None, None, None].astype(jnp.float32)
 
-    run = cli_sample.run_batches(sampler, 2, jax.random.key(0), np.arange(5, dtype=np.int32), batch=2)
-    np.testing.assert_array_equal(run.images.ravel(), 3 * np.arange(5))
+    run = cli_sample.run_batches(sampler, 10, 2, jax.random.key(0), np.arange(5, dtype=np.int32), batch=2)
+    np.testing.assert_array_equal(run.images.ravel(), 3 * np.arange(5) + 10)
     assert traces == [(2,)]
 
 
