@@ -12,7 +12,6 @@ import functools
 import hashlib
 import re
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +22,7 @@ import numpy as np
 
 from evodiff_jax.evaluation._images import UINT8, to_uint8
 from evodiff_jax.evaluation._problems import digest_of_params
-from evodiff_jax.evaluation._reference import Reference, stored_rows
+from evodiff_jax.evaluation._reference import DAMAGES, Reference, stored_rows
 from evodiff_jax.evaluation._runs import Run, program_from_key, runs
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
 from evodiff_jax.evaluation._store import Figures, check_store, path_of
@@ -280,7 +279,14 @@ def _sampler(source: Source, uint8: str) -> Callable[..., tuple[jax.Array, jax.A
 
 def _images_of(path: Path, batch: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The images of a reference file as batches for `_gather`, the last one filled up."""
-    for images in stored_rows(path, "arr_0", batch, start):
+    rows = stored_rows(path, "arr_0", batch, start)
+    while True:
+        try:
+            images = next(rows, None)
+        except DAMAGES as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if images is None:
+            return
         yield np.resize(images, (batch, *images.shape[1:])), np.ones(len(images), bool)
 
 
@@ -357,5 +363,5 @@ def _load(path: Path) -> _Made | _Tally | None:
                 return _Made(mu, sigma, int(samples), int(blown_up))
             statistics = Statistics(int(arrays["samples"]), arrays["mean"], arrays["scatter"])
             return _Tally(statistics, int(arrays["blown_up"]))
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGES as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the run is made anew") from error

@@ -1,16 +1,20 @@
 """Files that samples are judged against: statistics, features, or images."""
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
 from evodiff_jax.evaluation.metrics import check_statistics
+
+DAMAGES = (ValueError, TypeError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What is raised by reading an NPZ file that is damaged or something else."""
 
 _ROWS = 4096  # of stored features at a time
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -62,7 +66,7 @@ def read_reference(path: Path, from_images: bool = False) -> Reference:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         mean, covariance, source = _statistics_in(path, from_images)
-    except (ValueError, TypeError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGES as error:
         needed = "mu and sigma, as EDM and pytorch-fid write them, features pool_3, or images arr_0"
         raise ValueError(f"{path} is no file of statistics: {error}; an NPZ file is needed with {needed}") from error
     return Reference(path, digest, mean, covariance, source)
@@ -90,8 +94,7 @@ def stored_rows(path: Path, name: str, batch: int, start: int = 0) -> Iterator[n
     """The images "arr_0" or the features "pool_3" of an NPZ file, up to `batch` rows at a time, from row `start` on.
 
     Raises:
-      ValueError: the array is not of that kind.
-      EOFError: the file ends before it.
+      ValueError: the array is not of that kind, or another of DAMAGES.
     """
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
@@ -104,16 +107,12 @@ def stored_rows(path: Path, name: str, batch: int, start: int = 0) -> Iterator[n
             kind, fits = "features (N, D) of floating-point numbers", dtype.kind == "f" and len(shape) == 2
         if not fits or fortran_order or min(shape) < 1 or shape[0] < 2:
             raise ValueError(f"{name} must be two or more {kind}, it is {shape} of {dtype}")
-        size = int(np.prod(shape[1:])) * dtype.itemsize
+        size = math.prod(shape[1:]) * dtype.itemsize
+        there = archive.getinfo(f"{name}.npy").file_size - file.tell()
+        if there != shape[0] * size:
+            raise ValueError(f"{name} is {shape} of {dtype} and needs {shape[0] * size} bytes, {there} are there")
         for first in range(0, start, batch):
-            _read(file, size * min(batch, start - first))
+            file.read(size * min(batch, start - first))
         for first in range(start, shape[0], batch):
             rows = min(batch, shape[0] - first)
-            yield np.frombuffer(_read(file, size * rows), dtype).reshape(rows, *shape[1:])
-
-
-def _read(file: IO[bytes], count: int) -> bytes:
-    content = file.read(count)
-    if len(content) != count:
-        raise EOFError(f"{count} bytes more were expected, {len(content)} are there")
-    return content
+            yield np.frombuffer(file.read(size * rows), dtype).reshape(rows, *shape[1:])
