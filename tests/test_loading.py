@@ -207,7 +207,7 @@ def test_labels_and_guidance_are_checked_before_anything_is_computed(folder):
 def test_guidance_of_an_edm_network_is_away_from_no_class():
     model = pretrained.from_state("edm", *networks.TINY_EDM, EDM)
     x, label = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), np.array([0, 2])
-    of = lambda label, guidance=1.0: model.denoiser(model.params, label, guidance)(x, 1.0)
+    of = lambda label, guidance=1.0: jax.jit(model.denoiser(model.params, label, guidance))(x, 1.0)
     null, conditional = of(np.array([3, 3])), of(label)
     np.testing.assert_allclose(of(label, 2.5), null + 2.5 * (conditional - null), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(of(None), null, rtol=1e-6)
@@ -220,12 +220,12 @@ def test_a_classifier_guides_a_model_of_its_schedule():
     x, label = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), np.array([0, 2])
     denoise, log_prob = model.denoiser(model.params, label), guide.log_prob(guide.params, label)
     t = jnp.float32(500.0)
-    logits = guide.apply(guide.params, x=x, timesteps=np.float32([500, 500]))
-    np.testing.assert_allclose(log_prob(x, t), jax.nn.log_softmax(logits)[np.arange(2), label], rtol=1e-5)
-    guided = ed.denoisers.classifier_guidance(denoise, log_prob, model.schedule, 3.0)(x, t)
-    gradient = jax.grad(lambda x: log_prob(x, t).sum())(x)
+    logits = jax.jit(guide.apply)(guide.params, x=x, timesteps=np.float32([500, 500]))
+    np.testing.assert_allclose(jax.jit(log_prob)(x, t), jax.nn.log_softmax(logits)[np.arange(2), label], rtol=1e-5)
+    guided = jax.jit(ed.denoisers.classifier_guidance(denoise, log_prob, model.schedule, 3.0))(x, t)
+    gradient = jax.jit(jax.grad(lambda x: log_prob(x, t).sum()))(x)
     alpha, sigma = (float(f(500.0)) for f in (model.schedule.alpha, model.schedule.sigma))
-    np.testing.assert_allclose(guided, denoise(x, t) + 3 * sigma**2 / alpha * gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(guided, jax.jit(denoise)(x, t) + 3 * sigma**2 / alpha * gradient, rtol=1e-4, atol=1e-5)
 
 
 # The command line

@@ -54,6 +54,15 @@ def test_outputs_and_gradients_in_float64(folder, name):
     assert networks.error(output, case.output("out64")) < 1e-12
 
 
+def test_images_in_float64_are_computed_with_in_float64():
+    case = networks.Case("edm", "edm_ncsnpp_uncond")
+    with enable_x64():
+        model = load(case)
+        assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
+        output = jax.jit(model.apply)(model.params, **case.inputs(np.float64))
+    assert networks.error(output, case.output("out64")) < 1e-12
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_arrays_of_the_released_files(name):
     released = networks.full_size(name)

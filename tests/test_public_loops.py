@@ -99,6 +99,7 @@ def test_edm_heun_with_churn():
     check(loop, *run_in_float64(loop, EDM, edm_steps(loop), solver, noise_of_row))
 
 
+@pytest.mark.slow
 def test_the_ablation_with_heun_on_the_noise_levels_of_iddpm():
     loop = Loop("ablation_iddpm_heun_8")
     times = np.append(loop.stored["sigmas"][::2], 0.0)  # two calls a step, at its start and its end
@@ -151,7 +152,7 @@ def guided_diffusion(loop):
     return model, denoise, dataclasses.replace(model.schedule, t_min=-1.0), log_prob
 
 
-@pytest.mark.parametrize("name", ["adm_ddim10", "adm_ddim10_guided"])
+@pytest.mark.parametrize("name", [pytest.param("adm_ddim10", marks=pytest.mark.slow), "adm_ddim10_guided"])
 def test_ddim(name):
     loop = Loop(name)
     _, denoise, schedule, log_prob = guided_diffusion(loop)
@@ -165,7 +166,7 @@ def test_ddim(name):
     np.testing.assert_allclose(x, networks.nhwc(loop.stored["out32"]), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["adm_ancestral_8", "adm_ancestral_8_guided"])
+@pytest.mark.parametrize("name", [pytest.param("adm_ancestral_8", marks=pytest.mark.slow), "adm_ancestral_8_guided"])
 def test_ancestral_sampling_with_a_predicted_variance(name):
     loop = Loop(name)
     model, _, schedule, log_prob = guided_diffusion(loop)

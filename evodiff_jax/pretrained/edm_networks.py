@@ -234,7 +234,8 @@ class _FourierEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         freqs = self.param("freqs", nn.initializers.normal(16.0), (self.width // 2,))
-        cos, sin = blocks.sinusoids(t.astype(jnp.promote_types(t.dtype, freqs.dtype)), 2 * math.pi * freqs)
+        t = t.astype(jnp.promote_types(t.dtype, freqs.dtype))
+        cos, sin = blocks.sinusoids(t, 2 * math.pi * freqs.astype(t.dtype))
         return jnp.concatenate([sin, cos], axis=-1)
 
 
