@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import jax
 
 from evodiff_jax import __version__
-from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
+from evodiff_jax.cli.arguments import integer
+from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_folder
-from evodiff_jax.cli.sample import make_labels
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.solvers import FORMS
@@ -35,13 +35,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evodiff-jax evaluate`."""
     add = parser.add_argument
     listed = "separated by commas or spaces"
-    add(
-        "--checkpoint",
-        default="fashion_mnist",
-        metavar="PATH",
-        help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
-    )
-    add_checkpoint_arguments(parser)
+    add_model_arguments(parser, "drawn at random")
     add(
         "--reference",
         type=Path,
@@ -73,22 +67,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", nargs="+", default=("log_snr",), metavar="GRID", help=f"of {', '.join(GRIDS)} (default: log_snr)")
     add("--num", type=integer(2, 10_000_000), default=50_000, help="samples of every run (default: %(default)s)")
     add("--batch", type=integer(1, 50_000), default=64, help="images at a time (default: %(default)s)")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of noise and classes (default: %(default)s)")
-    add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: drawn at random)")
-    add(
-        "--guidance",
-        type=guidance,
-        default=1.0,
-        metavar="SCALE",
-        help="classifier-free guidance (default: 1, which is none)",
-    )
-    add("--denoise-to-zero", action="store_true", help="make the last model call at the last noise level")
     add(
         "--uint8",
         choices=("edm", "guided_diffusion", "diffusers"),
         help="how samples become bytes, see docs/fid.md (default: as the checkpoint's project does it)",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)")
     add(
         "--out",
         type=Path,
@@ -115,7 +98,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     check_folder("--out", args.out)
     check_folder("--out", args.out / _RUNS if args.out.exists() else args.out)
     require("tqdm", extra="models")
-    from evodiff_jax import evaluation, pretrained
+    from evodiff_jax import evaluation
     from evodiff_jax.pretrained.inception import FEATURES
 
     try:
@@ -128,8 +111,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
             f"argument --reference: {args.reference} is of {len(reference.mean)} features, those of Inception are "
             f"{FEATURES}"
         )
-    model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
-    source = _source(args, model)
+    guided = load_guided(args)
+    model, source = guided.model, _source(args, guided)
     made = {name: FORMS[name].make for name in solvers}
     of_grids = {name: GRIDS[name] for name in grids}
     planned = evaluation.runs(source.schedule, of_grids, calls, made, args.denoise_to_zero)
@@ -174,7 +157,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                 raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
             raise
 
-    facts = _facts(args, model, inception, reference, uint8, grids)
+    facts = _facts(args, guided, inception, reference, uint8, grids)
     remarks = _remarks(args, results, inception, FEATURES)
     remarks += [f"{s} has no run of exactly {n} model calls on the grid {g}: left out." for s, g, n in without]
     written = evaluation.write_fid_report(args.out, results, [f"{name} {text}" for name, text in facts], remarks)
@@ -199,30 +182,36 @@ def _load_inception(path: Path) -> Model:
     return model
 
 
-def _source(args: argparse.Namespace, model: Model) -> Source:
+def _source(args: argparse.Namespace, guided: Guided) -> Source:
     from evodiff_jax import evaluation
 
-    label = None if args.label is None else int(make_labels(1, model.num_classes, args.label)[0])
-    source = evaluation.source_of(model, args.guidance, label)
-    return source._replace(settings={**source.settings, "dtype": args.dtype})
+    label = None if args.label is None else class_number(args.label, guided.num_classes)
+    source = evaluation.source_of(guided.model)
+    return source._replace(
+        make_denoiser=guided.make_denoiser,
+        params=guided.params,
+        num_classes=guided.num_classes,
+        label=label,
+        settings={**source.settings, **guided.settings, "dtype": args.dtype},
+    )
 
 
 def _facts(
-    args: argparse.Namespace, model: Model, inception: Model, reference: Reference, uint8: str, grids: list[str]
+    args: argparse.Namespace, guided: Guided, inception: Model, reference: Reference, uint8: str, grids: list[str]
 ) -> list[tuple[str, str]]:
     from evodiff_jax.evaluation import UINT8
 
     device = jax.devices()[0]
-    guided = "" if args.guidance == 1 else f", guidance {args.guidance:g}"
+    model = guided.model
     classes = "unconditional"
-    if model.num_classes:
-        classes = f"class {args.label}" if args.label is not None else f"{model.num_classes} classes drawn at random"
+    if guided.num_classes:
+        classes = f"class {args.label}" if args.label is not None else f"{guided.num_classes} classes drawn at random"
     last = ", the last one at the last noise level" if args.denoise_to_zero else ""
     used = {"arr_0": "images arr_0, their features computed here", "pool_3": "features pool_3"}
     source = used.get(reference.source, reference.source)
     return [
         ("model", f"{model.name}, SHA-256 {model.digest or 'unknown'}, {args.dtype}"),
-        ("samples", f"{args.num:,} of every run, seed {args.seed}, {classes}{guided}"),
+        ("samples", f"{args.num:,} of every run, seed {args.seed}, {classes}{guided.words}"),
         ("solvers", f"on the grid {', '.join(grids)}; model calls a sample{last}"),
         ("uint8", f"{uint8}: {UINT8[uint8]}"),
         ("inception", f"{args.inception.name}, SHA-256 {inception.digest}"),

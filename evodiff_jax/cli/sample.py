@@ -6,25 +6,20 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer, settings
+from evodiff_jax.cli.arguments import integer
+from evodiff_jax.cli.models import add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_output, make_picture
-from evodiff_jax.denoisers import classifier_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan
-from evodiff_jax.schedules import some_levels
 from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan
-from evodiff_jax.types import Denoiser
-
-if TYPE_CHECKING:
-    from evodiff_jax.pretrained import Model
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
@@ -57,33 +52,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=integer(1, _MAX_STEPS), default=10, help="steps (default: %(default)s)")
     add("--solver", choices=FORMS, default=_DEFAULT, metavar="SOLVER", help=_SOLVER_HELP)
     add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
-    add("--class", dest="label", metavar="CLASS", help="number or name of one class (default: all in turn)")
-    add(
-        "--guidance",
-        type=guidance,
-        default=1.0,
-        metavar="SCALE",
-        help="classifier-free guidance (default: 1, which is none)",
-    )
-    add("--denoise-to-zero", action="store_true", help="end with one more model call, at the last noise level")
-    add("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)")
-    add(
-        "--checkpoint",
-        default="fashion_mnist",
-        metavar="PATH",
-        help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
-    )
-    add_checkpoint_arguments(parser)
-    add("--classifier", metavar="PATH", help="guide by this classifier of noisy images, of guided-diffusion")
-    add("--classifier-config", type=settings, metavar="JSON", help="its settings, as --config")
-    add(
-        "--classifier-scale",
-        type=guidance,
-        default=1.0,
-        metavar="SCALE",
-        help="scale of the classifier's guidance (default: %(default)g)",
-    )
+    add_model_arguments(parser, "all in turn")
     add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
     add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
 
@@ -102,25 +71,17 @@ def run_sample(args: argparse.Namespace) -> None:
     if args.npz is not None:
         check_output("--npz", args.npz, ".npz")
 
-    if args.classifier is None and args.classifier_config is not None:
-        raise ValueError("argument --classifier-config: not without --classifier")
     require("tqdm", "PIL", extra="models")
-    from evodiff_jax import evaluation, pretrained
+    from evodiff_jax import evaluation
 
-    model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
-    if model.image_shape[2] not in (1, 3):
-        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
-    batch = min(args.batch, args.num)
-    classifier = None if args.classifier is None else load_guide(args.classifier, args.classifier_config, model)
-    labels = make_labels(args.num, (classifier or model).num_classes, args.label)
+    guided = load_guided(args)
+    model, batch = guided.model, min(args.batch, args.num)
+    labels = make_labels(args.num, guided.num_classes, args.label)
     times = GRIDS[args.grid](model.schedule, args.steps)
     run_of = plan(model.schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
-    params = model.params, None if classifier is None else classifier.params
-    make_denoiser = denoisers_of(model, args.guidance, classifier, args.classifier_scale)
-    make_denoiser(params, labels[:batch])  # so that what does not fit is known before anything is compiled
-    sampler = evaluation.program_from_key(make_denoiser, model.schedule, model.image_shape)
+    sampler = evaluation.program_from_key(guided.make_denoiser, model.schedule, model.image_shape)
     try:
-        run = run_batches(sampler, run_of, params, jax.random.key(args.seed), labels, batch)
+        run = run_batches(sampler, run_of, guided.params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
@@ -141,12 +102,10 @@ def run_sample(args: argparse.Namespace) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     device = jax.devices()[0]
     outputs = args.out if args.npz is None else f"{args.out}, {args.npz}"
-    guided = "" if args.guidance == 1 else f" ({evaluations} network evaluations, guidance {args.guidance:g})"
-    if classifier is not None:
-        guided += f", guided by {classifier.name}, scale {args.classifier_scale:g}"
+    twice = "" if evaluations == calls else f", {evaluations} network evaluations"
     print(f"model    {model.name}, {parameters:,} parameters, {args.dtype}")
     print(f"solver   {args.solver}, {args.steps} steps on the {args.grid} grid")
-    print(f"NFE      {calls} model calls a sample{guided}")
+    print(f"NFE      {calls} model calls a sample{twice}{guided.words}")
     print(f"images   {args.num} in batches of {batch}, seed {args.seed}")
     print(f"compile  {run.compile_seconds:.2f} s")
     print(f"sample   {run.batch_seconds:.3f} s a batch, {batch / run.batch_seconds:.1f} images/s")
@@ -155,69 +114,22 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:
-    """The classes of `num` images.
+    """The classes of `num` images: the one asked for, or all in turn.
 
     Args:
       num: how many.
       num_classes: classes that the model knows, 0 for an unconditional one.
-      label: number or name of one class, or None for all classes in turn. Names are Fashion-MNIST's; case, spaces
-        and punctuation do not matter.
+      label: number or name of one class, see `class_number`, or None for all in turn.
 
     Returns:
       int32 (num,), zeros for an unconditional model.
 
     Raises:
-      ValueError: there is no such class, or there are none.
+      ValueError: as `class_number`.
     """
-    from evodiff_jax.evaluation.data import CLASS_NAMES
-
-    if num_classes == 0:
-        if label is not None:
-            raise ValueError(f"argument --class: not for an unconditional model, got {label!r}")
-        return np.zeros(num, np.int32)
-    if label is None:
-        return np.arange(num, dtype=np.int32) % num_classes
-    names = {_letters(name): i for i, name in enumerate(CLASS_NAMES)} if num_classes == len(CLASS_NAMES) else {}
-    chosen = int(label) if label.isascii() and label.isdecimal() else names.get(_letters(label), -1)
-    if not 0 <= chosen < num_classes:
-        named = f" or one of {', '.join(CLASS_NAMES)}" if names else ""
-        raise ValueError(f"argument --class: must be in 0 .. {num_classes - 1}{named}, got {label!r}")
-    return np.full(num, chosen, np.int32)
-
-
-def load_guide(path: str, config: dict[str, Any] | None, model: Model) -> Model:
-    """Loads the classifier that guides a model.
-
-    Raises:
-      ValueError: it is no classifier of noisy images, or of other images, classes or noise than the model's.
-    """
-    from evodiff_jax import pretrained
-
-    classifier = pretrained.load(path, config=config)
-    if classifier.network.prediction != "class":
-        raise ValueError(f"argument --classifier: {path} ({classifier.cls}) is no classifier of noisy images")
-    for what in ("image_shape", "num_classes"):
-        ours, theirs = getattr(model, what), getattr(classifier, what)
-        if ours != theirs and ours != 0:  # a model without classes is guided to those of any classifier
-            raise ValueError(f"argument --classifier: {path} has {what} {theirs}, the model {ours}")
-    if some_levels(classifier.schedule) != some_levels(model.schedule):
-        raise ValueError(f"argument --classifier: {path} was trained on the noise of another schedule than the model")
-    return classifier
-
-
-def denoisers_of(
-    model: Model, guidance: float, classifier: Model | None, classifier_scale: float
-) -> Callable[[Any, Any], Denoiser]:
-    """Returns (params of model and classifier, labels) -> denoise(x, t), guided as asked for."""
-
-    def make_denoiser(params: Any, labels: Any) -> Denoiser:
-        denoise = model.denoiser(params[0], labels if model.num_classes else None, guidance)
-        if classifier is None:
-            return denoise
-        log_prob = classifier.log_prob(params[1], labels)
-        return classifier_guidance(denoise, log_prob, model.schedule, classifier_scale)
-
-    return make_denoiser
+    if label is not None:
+        return np.full(num, class_number(label, num_classes), np.int32)
+    return np.arange(num, dtype=np.int32) % max(num_classes, 1)
 
 
 def run_batches(
@@ -273,7 +185,3 @@ def write_all(writes: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
             failures.append(error)
     if failures:
         raise OSError("; ".join(map(str, failures))) from failures[0]
-
-
-def _letters(name: str) -> str:
-    return "".join(character for character in name.casefold() if character.isalnum())

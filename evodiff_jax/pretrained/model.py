@@ -135,9 +135,10 @@ class Model(NamedTuple):
           ValueError: the network is no diffusion model; a label is missing, out of range, or given to an unconditional
             model; or guidance is asked for of a model without a null class.
         """
-        schedule, predict = self.schedule, self.network.predict
+        predict = self.network.predict
         if predict is None:
-            raise ValueError(f"{self.name} ({self.cls}) is no diffusion model, it predicts: {self.network.prediction}")
+            what = f", it predicts: {self.network.prediction}" if self.network.prediction else " by itself"
+            raise ValueError(f"{self.name} ({self.cls}) is no diffusion model{what}")
         self._check_guidance(label, guidance)
 
         def fn(x: jax.Array, t: jax.Array, label: Any = None) -> jax.Array:
@@ -145,7 +146,7 @@ class Model(NamedTuple):
                 label = jnp.full(x.shape[:1], self.null_class, jnp.int32)
             return predict(self.module, params, x, t, label)
 
-        denoise = from_prediction(fn, schedule, self.network.prediction, per_sample_time=True)
+        denoise = from_prediction(fn, self.schedule, self.network.prediction, per_sample_time=True)
         if label is None:
             return denoise
         label = self._checked(label)
