@@ -20,7 +20,7 @@ LAYERS = [
     ["kernel", "quadrature", "denoisers", "grids", "statistics"],
     ["solvers", "citations"],
     ["sampling", "editing", "testing"],
-    ["pretrained"],
+    ["pretrained", "fitting"],
     ["evaluation"],
     ["cli"],
     ["__main__"],

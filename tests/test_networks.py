@@ -14,6 +14,15 @@ from evodiff_jax.pretrained.model import FAMILIES
 from evodiff_jax.pretrained.states import original_shapes
 
 CASES = [(folder, name) for folder in ("edm", "adm", "adm_classifier") for name in networks.names(folder)]
+# In float32 those of the most layers and the largest angles; the others are among the slow tests.
+QUICK = (
+    "edm_ncsnpp_uncond",
+    "vp_ddpmpp_uncond",
+    "adm_cond_new_order",
+    "adm_uncond_legacy_heads",
+    "classifier_attention",
+)
+IN_FLOAT32 = [pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in CASES]
 RELEASED = sorted(path.name.removesuffix(".json.gz") for path in (networks.DATA / "full_size").glob("[abe]*.gz"))
 
 
@@ -21,7 +30,7 @@ def load(case, stored=np.float32, **options):
     return pretrained.from_state(case.family, case.cls, case.arguments, case.arrays(stored), **options)
 
 
-@pytest.mark.parametrize(("folder", "name"), CASES, ids=[name for _, name in CASES])
+@pytest.mark.parametrize(("folder", "name"), IN_FLOAT32, ids=[name for _, name in CASES])
 def test_outputs_of_the_original(folder, name):
     case = networks.Case(folder, name)
     model = load(case)

@@ -77,7 +77,7 @@ def edm_steps(loop):
     return np.append(ed.grids.karras(loop.model(stored=np.float32).schedule, loop.arguments["num_steps"] - 1), 0.0)
 
 
-@pytest.mark.parametrize("name", ["edm_heun_18", "vp_heun_edm_steps_12"])
+@pytest.mark.parametrize("name", ["edm_heun_18", pytest.param("vp_heun_edm_steps_12", marks=pytest.mark.slow)])
 def test_edm_heun(name):
     loop = Loop(name)
     check(loop, *run_in_float64(loop, EDM, edm_steps(loop), ed.solvers.heun()))
@@ -130,6 +130,7 @@ def test_the_ablation_with_euler_in_the_time_of_vp():
     check(loop, *run_in_float64(loop, schedule, np.append(np.linspace(1.0, 1e-3, 16), 0.0), solver))
 
 
+@pytest.mark.slow
 def test_the_ablation_with_euler_in_the_time_of_ve():
     loop = Loop("ablation_ve_euler_16")
     schedule = ed.NoiseSchedule(lambda t: 0 * t + 1, lambda t: t**0.5, t_min=0.0, t_max=100.0**2)

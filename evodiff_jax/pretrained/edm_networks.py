@@ -84,13 +84,8 @@ class SongUNet(nn.Module):
         output = None
         for resolution, width in reversed(levels):
             at = f"dec_{resolution}x{resolution}"
-            if resolution == levels[-1][0]:
-                h = block(block(h, f"{at}_in0", width, attends=True), f"{at}_in1", width)
-            else:
-                h = block(h, f"{at}_up", h.shape[-1], resample="up")
-            for i in range(self.num_blocks + 1):
-                attends = i == self.num_blocks and resolution in self.attn_resolutions
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), f"{at}_block{i}", width, attends)
+            attending = [False] * self.num_blocks + [resolution in self.attn_resolutions]
+            h = _decoded(block, at, resolution == levels[-1][0], h, skips, width, attending)
             if self.decoder_type == "skip" or resolution == self.img_resolution:
                 normed = nn.silu(_song_norm(h, self.dtype, f"{at}_aux_norm"))
                 seen = blocks.conv(self.out_channels, 3, self.dtype, f"{at}_aux_conv")(normed)
@@ -100,7 +95,7 @@ class SongUNet(nn.Module):
 
     def _condition(self, x: jax.Array, noise_labels: jax.Array, labels: jax.Array | None) -> jax.Array:
         width = self.model_channels * self.channel_mult_noise
-        wide = noise_labels.astype(jnp.promote_types(at_least_float32(x.dtype), noise_labels.dtype))
+        wide = _widened(noise_labels, x)
         if self.embedding_type == "fourier":
             embedding = _FourierEmbedding(width, name="map_noise")(wide)
         else:
@@ -158,18 +153,13 @@ class DhariwalUNet(nn.Module):
                 skips.append(h)
         for resolution, width in reversed(levels):
             at = f"dec_{resolution}x{resolution}"
-            if resolution == levels[-1][0]:
-                h = block(block(h, f"{at}_in0", width, attends=True), f"{at}_in1", width)
-            else:
-                h = block(h, f"{at}_up", h.shape[-1], resample="up")
-            for i in range(self.num_blocks + 1):
-                attends = resolution in self.attn_resolutions
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), f"{at}_block{i}", width, attends)
+            attending = [resolution in self.attn_resolutions] * (self.num_blocks + 1)
+            h = _decoded(block, at, resolution == levels[-1][0], h, skips, width, attending)
         h = nn.silu(blocks.group_norm(h.shape[-1], 32, 1e-5, self.dtype, "out_norm")(h))
         return blocks.conv(self.out_channels, 3, self.dtype, "out_conv")(h)
 
     def _condition(self, x: jax.Array, noise_labels: jax.Array, labels: jax.Array | None) -> jax.Array:
-        wide = noise_labels.astype(jnp.promote_types(at_least_float32(x.dtype), noise_labels.dtype))
+        wide = _widened(noise_labels, x)
         half = self.model_channels // 2
         embedding = jnp.concatenate(blocks.sinusoids(wide, blocks.frequencies(half, half)), axis=-1)
         embedding = embedding if self.dtype is None else embedding.astype(self.dtype)
@@ -180,6 +170,19 @@ class DhariwalUNet(nn.Module):
         if self.label_dim:
             embedding = embedding + dense("map_label", bias=False)(_one_hot(labels, self.label_dim, embedding))
         return nn.silu(embedding)
+
+
+def _decoded(
+    block: Any, at: str, coarsest: bool, h: jax.Array, skips: list[jax.Array], width: int, attending: list[bool]
+) -> jax.Array:
+    """One level of the decoder; `attending` says of each block whether it attends."""
+    if coarsest:
+        h = block(block(h, f"{at}_in0", width, attends=True), f"{at}_in1", width)
+    else:
+        h = block(h, f"{at}_up", h.shape[-1], resample="up")
+    for i, attends in enumerate(attending):
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), f"{at}_block{i}", width, attends)
+    return h
 
 
 class _SongBlock(nn.Module):
@@ -272,6 +275,10 @@ def _song_norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
 def _resampler(kind: str, taps: tuple[float, ...]) -> Any:
     resample = {"up": blocks.upsample, "down": blocks.downsample}.get(kind)
     return (lambda x: x) if resample is None else (lambda x: resample(x, taps))
+
+
+def _widened(noise_labels: jax.Array, x: jax.Array) -> jax.Array:
+    return noise_labels.astype(jnp.promote_types(at_least_float32(x.dtype), noise_labels.dtype))
 
 
 def _one_hot(labels: jax.Array | None, classes: int, like: jax.Array) -> jax.Array:
