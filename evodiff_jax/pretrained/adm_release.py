@@ -28,7 +28,8 @@ _SHARED = {
 }
 _LARGE = {**_SHARED, "num_channels": 256, "num_res_blocks": 2}
 _256 = {**_LARGE, "image_size": 256, "num_head_channels": 64}
-_64 = {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, "noise_schedule": "cosine"}
+_LSUN = {**_256, "dropout": 0.1}  # of training only
+_64 = {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, "dropout": 0.1}
 _CLASSIFIER = {
     "classifier_attention_resolutions": "32,16,8",
     "classifier_use_scale_shift_norm": True,
@@ -38,13 +39,19 @@ _CLASSIFIER = {
     "classifier_depth": 2,
 }
 RELEASED: dict[str, dict[str, Any]] = {
-    "64x64_diffusion": {**_SHARED, **_64, "class_cond": True, "use_new_attention_order": True},
+    "64x64_diffusion": {
+        **_SHARED,
+        **_64,
+        "class_cond": True,
+        "use_new_attention_order": True,
+        "noise_schedule": "cosine",
+    },
     "128x128_diffusion": {**_LARGE, "image_size": 128, "num_heads": 4, "class_cond": True},
     "256x256_diffusion": {**_256, "class_cond": True},
     "256x256_diffusion_uncond": _256,
-    "lsun_bedroom": _256,
-    "lsun_cat": _256,
-    "lsun_horse": _256,
+    "lsun_bedroom": _LSUN,
+    "lsun_cat": _LSUN,
+    "lsun_horse": _LSUN,
     "512x512_diffusion": {**_LARGE, "image_size": 512, "num_head_channels": 64, "class_cond": True},
     "64x64_classifier": {**_CLASSIFIER, "image_size": 64, "classifier_depth": 4, "noise_schedule": "cosine"},
     "128x128_classifier": {**_CLASSIFIER, "image_size": 128},
