@@ -79,7 +79,7 @@ def test_zero_offsets_are_the_solver(name, schedule):
         assert not table.predictor[:, width:].any()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.sampled_from(["ddim", "unipc-3", "deis-3", "dpm_solver_pp-2", "dpm_2", "variance_optimal"]),
     st.sampled_from(sorted(ALL)),
@@ -95,18 +95,28 @@ def test_constants_stay_exact_and_times_in_order(name, schedule, steps, denoised
     plan = ed.plan(schedule, times_of(schedule, steps), ed.solvers.FORMS[name].make(), denoise_to_zero=denoised)
     start = fitting.start_of(plan, schedule)
     moved = fitting.realise(start, random_offsets(start, size, seed), schedule)
-    assert (np.diff(np.append(moved.table.time, moved.end))[: None if not denoised else -1] < 0).all()
+    assert (np.diff(np.append(moved.table.time[: len(start.times) - 1], moved.end)) < 0).all()
     assert moved.table.time[0] == plan.table.time[0]
     assert moved.end == plan.end
     assert moved.calls == plan.calls
-    check_table(Solver("fitted", lambda *_: moved.table, moved.rule), moved.table, schedule, moved.end)
+    stepping = jax.tree.map(
+        lambda column: column[: len(start.times) - 1], moved.table
+    )  # without the row of denoise_to_zero
+    check_table(Solver("fitted", lambda *_: stepping, moved.rule), stepping, schedule, moved.end)
 
 
-@pytest.mark.parametrize("name", ["dpm_solver_pp-2", "ipndm-3", "variance_optimal"])
-@pytest.mark.parametrize("schedule", ["vp_linear", "sigma ends at 0", "bisected"])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("dpm_solver_pp-2", "vp_linear"),
+        ("ipndm-3", "sigma ends at 0"),
+        ("unipc-2", "bisected"),
+        ("variance_optimal", "sigma ends at 0"),
+    ],
+)
 def test_traced_plans_and_their_gradients(name, schedule, x64):
     schedule = ALL[schedule]
-    plan = ed.plan(schedule, times_of(schedule, 3), ed.solvers.FORMS[name].make())
+    plan = ed.plan(schedule, times_of(schedule, 2 if name == "variance_optimal" else 4), ed.solvers.FORMS[name].make())
     start = fitting.start_of(plan, schedule)
     offsets = random_offsets(start, 0.1)
     moved = fitting.realise(start, offsets, schedule)
@@ -114,13 +124,11 @@ def test_traced_plans_and_their_gradients(name, schedule, x64):
     assert_close(traced, moved, 1e-8)
     direction = random_offsets(start, 1.0, 1)
     along = lambda e: jax.tree.map(lambda a, b: a + e * b, offsets, direction)
-    numbers = lambda e, xp: xp.concatenate(
-        [
-            xp.ravel(a)
-            for a in fitting.realise(start, along(e), schedule).table._replace(data=())
-            if a is not None and not isinstance(a, tuple)
-        ]
-    )
+
+    def numbers(e, xp):
+        table = fitting.realise(start, along(e), schedule).table
+        return xp.concatenate([xp.ravel(a) for a in jax.tree.leaves((table.time, table.predictor, table.corrector))])
+
     found = jax.jacfwd(lambda e: numbers(e, jnp))(jnp.asarray(0.0))
     expected = (numbers(1e-5, np) - numbers(-1e-5, np)) / 2e-5
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
@@ -192,16 +200,17 @@ def test_a_fit_can_start_from_a_fitted_plan(fitted):
 
 
 def test_the_same_key_gives_the_same_plan_and_remat_too():
-    first, second = fit(), fit()
+    options = {"steps": 10, "x_T": NOISE[:64]}
+    first, second = fit(**options), fit(**options)
     assert_close(first.plan, second.plan, 0)
-    assert_close(fit(remat=True).plan, first.plan, 1e-4)
-    other = fit(key=jax.random.key(1))
+    assert_close(fit(remat=True, **options).plan, first.plan, 1e-4)
+    other = fit(key=jax.random.key(1), batch=16, **options)
     assert not np.array_equal(other.plan.table.predictor, first.plan.table.predictor)
 
 
 @pytest.mark.parametrize("rate", [100.0, np.nan])
 def test_never_worse_on_validation_than_the_start(rate):
-    result = fit(optimizer=optax.sgd(rate))
+    result = fit(optimizer=optax.sgd(rate), x_T=NOISE[:64], steps=10)
     assert result.report.validation_fitted.mean_log <= result.report.validation_start.mean_log
     if np.isnan(rate):
         assert result.report.best_step == 0
@@ -233,16 +242,11 @@ def test_conditions_go_with_their_samples():
         assert x.shape == own.shape
         return own * condition["scale"][:, None] + 0.01 / (0.01 + t**2) * (x - own)
 
-    def unconditional(x, t, condition):
-        return ed.denoisers.gaussian_mixture(EDM, centers, 0.1)(x, t)
-
     def guided(x, t, condition):
-        return ed.denoisers.classifier_free_guidance(
-            lambda x, t: conditional(x, t, condition), lambda x, t: unconditional(x, t, condition), 1.5
-        )(x, t)
+        return conditional(x, t, condition) * 1.5 - 0.5 * ed.denoisers.gaussian_mixture(EDM, centers, 0.1)(x, t)
 
     condition = {"label": np.arange(384) % 4, "scale": np.ones(384, np.float32)}
-    result = fit(denoise=guided, condition=condition)
+    result = fit(denoise=guided, condition=condition, steps=20)
     assert result.report.fitted.median < result.report.start.median
     with pytest.raises(ValueError, match=r"condition\['label'\] must have one entry for each of the 384"):
         fit(denoise=guided, condition={**condition, "label": np.arange(4)})
@@ -403,7 +407,8 @@ def test_samples_of_the_teacher_that_are_not_finite_are_counted():
         fit(denoise=broken)
 
 
-def test_the_code_of_the_page_runs():
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "fitting.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "docs/fitting.md", "exec"), {})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/recipes.md", "docs/solvers.md"),
-    *("docs/variance_optimal.md", "benchmarks/RESULTS.md"),
+    *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/fid.md", "docs/fitting.md", "benchmarks/RESULTS.md"),
 ]
 LINKS = [
     (page, link)

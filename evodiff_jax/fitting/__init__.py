@@ -1,0 +1,22 @@
+"""Fitted plans: the times and weights of a solver, fitted to a model for few calls.
+
+`fit` starts from the plan of a published solver and needs the extra `fit`; its result is a plan like any other.
+"""
+
+from evodiff_jax.fitting._files import load, save
+from evodiff_jax.fitting._fit import Figures, Fitted, Report, default_teacher, fit
+from evodiff_jax.fitting._offsets import Offsets, Start, realise, start_of
+
+__all__ = [
+    "Figures",
+    "Fitted",
+    "Offsets",
+    "Report",
+    "Start",
+    "default_teacher",
+    "fit",
+    "load",
+    "realise",
+    "save",
+    "start_of",
+]
