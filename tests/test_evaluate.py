@@ -369,6 +369,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_runs_that_go_on(files, folder):
     options = {"checkpoint": files / "classes.safetensors", "solvers": "ddim", "calls": 2, "num": 4000}
     process = subprocess.Popen(

@@ -108,10 +108,10 @@ def test_constants_stay_exact_and_times_in_order(name, schedule, steps, denoised
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        ("dpm_solver_pp-2", "vp_linear"),
+        pytest.param("dpm_solver_pp-2", "vp_linear", marks=pytest.mark.slow),
         ("ipndm-3", "sigma ends at 0"),
         ("unipc-2", "bisected"),
-        ("variance_optimal", "sigma ends at 0"),
+        pytest.param("variance_optimal", "sigma ends at 0", marks=pytest.mark.slow),
     ],
 )
 def test_traced_plans_and_their_gradients(name, schedule, x64):
@@ -199,6 +199,7 @@ def test_a_fit_can_start_from_a_fitted_plan(fitted):
     assert_close(fitting.realise(start, start.zeros(), EDM), fitted.plan, 1e-10)
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_plan_and_remat_too():
     options = {"steps": 10, "x_T": NOISE[:64]}
     first, second = fit(**options), fit(**options)
@@ -262,6 +263,7 @@ def test_states_that_are_pytrees_errors_and_losses_of_ones_own():
     assert result.report.validation_fitted.rms < result.report.validation_start.rms
 
 
+@pytest.mark.slow
 def test_double_precision_stays(x64):
     result = fit(x_T=jnp.asarray(NOISE[:32], jnp.float64), steps=2)
     assert result.plan.table.predictor.dtype == np.float64

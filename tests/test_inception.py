@@ -112,6 +112,7 @@ def test_images_are_resized_without_a_filter(shape):
     assert networks.error(applied("block0")(given)["block0"], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_integers_are_0_to_255_and_floating_point_numbers_0_to_1():
     run = applied("block0", resize_input=False)
     given = images((1, 107, 139, 3))

@@ -16,13 +16,7 @@ from evodiff_jax.pretrained.states import original_shapes
 
 CASES = [(folder, name) for folder in ("edm", "adm", "adm_classifier") for name in networks.names(folder)]
 # In float32 those of the most layers and the largest angles; the others are among the slow tests.
-QUICK = (
-    "edm_ncsnpp_uncond",
-    "vp_ddpmpp_uncond",
-    "adm_cond_new_order",
-    "adm_uncond_legacy_heads",
-    "classifier_attention",
-)
+QUICK = ("vp_ddpmpp_uncond", "adm_cond_new_order")
 IN_FLOAT32 = [pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in CASES]
 RELEASED = sorted(path.name.removesuffix(".json.gz") for path in (networks.DATA / "full_size").glob("[abe]*.gz"))
 
@@ -64,6 +58,7 @@ def test_outputs_and_gradients_in_float64(folder, name):
     assert networks.error(output, case.output("out64")) < 1e-12
 
 
+@pytest.mark.slow
 def test_images_in_float64_are_computed_with_in_float64():
     case = networks.Case("edm", "edm_ncsnpp_uncond")
     with enable_x64():
@@ -117,6 +112,7 @@ def test_labels_left_out_of_an_edm_network_are_zeros():
     assert networks.error(without, case.output("out64")) > 1e-3
 
 
+@pytest.mark.slow
 def test_iddpm_rounds_the_noise_level_that_the_network_sees_and_no_other():
     case = networks.Case("edm", "iddpm_adm_cond")
     model, x = load(case), case.inputs()["x"][:1]

@@ -83,6 +83,7 @@ def test_edm_heun(name):
     check(loop, *run_in_float64(loop, EDM, edm_steps(loop), ed.solvers.heun()))
 
 
+@pytest.mark.slow
 def test_edm_heun_on_the_noise_levels_of_iddpm():
     loop = Loop("iddpm_heun_8")
     u = networks.Case("edm", "iddpm_adm_cond").stored["const:u"].astype(np.float64)
@@ -122,6 +123,7 @@ def euler_in_time(kappa_derivative, log_alpha_derivative):
     return Solver("euler_in_time", table, keeps_constants=False)
 
 
+@pytest.mark.slow
 def test_the_ablation_with_euler_in_the_time_of_vp():
     loop = Loop("ablation_vp_euler_16")
     schedule = ed.schedules.vp_linear(0.1, 20.0, t_min=0.0)
