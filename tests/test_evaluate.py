@@ -151,6 +151,7 @@ def test_a_table_of_fids_by_the_inception_network(files, folder, capsys, monkeyp
     assert model.digest in (folder / "out" / "fid.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_command_goes_on_where_it_was_stopped(files, folder, capsys, fast, monkeypatch):
     options = {"checkpoint": files / "classes.safetensors", "num": 20}
     assert main(command(files, out="undisturbed", **options)) == 0

@@ -253,6 +253,7 @@ def test_conditions_go_with_their_samples():
         fit(denoise=guided, condition={**condition, "label": np.arange(4)})
 
 
+@pytest.mark.slow
 def test_states_that_are_pytrees_errors_and_losses_of_ones_own():
     both = lambda x, t: {"a": DENOISE(x["a"], t), "b": DENOISE(x["b"], t)}
     x_T = {"a": NOISE[:96], "b": NOISE[96:192]}
