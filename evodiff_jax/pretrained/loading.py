@@ -13,7 +13,7 @@ from evodiff_jax.pretrained import checkpoint, packaged
 from evodiff_jax.pretrained.adm_release import RELEASED
 from evodiff_jax.pretrained.model import FAMILIES, Model, build, digest_of, from_state
 from evodiff_jax.pretrained.reading import Contents, inspect, read
-from evodiff_jax.pretrained.states import check
+from evodiff_jax.pretrained.states import Origin, check
 
 _KIND = "original state"
 _told: set[str] = set()  # licences that this process has been told of
@@ -94,7 +94,7 @@ def load(
         model = from_state(*found, contents.arrays, dtype=dtype, name=path.name, digest=digest_of(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    _tell(model)
+    _tell(model.name, model.network.origin)
     return model
 
 
@@ -149,10 +149,15 @@ def convert(
       ValueError: as `load`; the network is built before anything is written.
     """
     path, out = Path(path), Path(out)
-    model = load(path, config=config, entry=entry)
     contents = read(path, entry=entry)
     found = recognise(path, contents, config)
-    card = {"source": model.source, "licence": model.licence, "file": path.name, "digest": model.digest}
+    try:
+        network = build(*found)
+        check(network, contents.arrays, found.cls)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _tell(path.name, network.origin)
+    card = {**network.origin._asdict(), "file": path.name, "digest": digest_of(path)}
     checkpoint.save(out, dict(contents.arrays), kind=_KIND, config=found._asdict(), card=card)
 
 
@@ -202,7 +207,7 @@ def _adm_arguments(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _tell(model: Model) -> None:
-    if model.network.origin.non_commercial and model.licence not in _told:
-        _told.add(model.licence)
-        print(f"{model.name}: weights of {model.source}, licence {model.licence}", file=sys.stderr)
+def _tell(name: str, origin: Origin) -> None:
+    if origin.non_commercial and origin.licence not in _told:
+        _told.add(origin.licence)
+        print(f"{name}: weights of {origin.source}, licence {origin.licence}", file=sys.stderr)
