@@ -95,14 +95,19 @@ def test_constants_stay_exact_and_times_in_order(name, schedule, steps, denoised
     plan = ed.plan(schedule, times_of(schedule, steps), ed.solvers.FORMS[name].make(), denoise_to_zero=denoised)
     start = fitting.start_of(plan, schedule)
     moved = fitting.realise(start, random_offsets(start, size, seed), schedule)
-    assert (np.diff(np.append(moved.table.time[: len(start.times) - 1], moved.end)) < 0).all()
-    assert moved.table.time[0] == plan.table.time[0]
+    still = fitting.realise(
+        start, random_offsets(start, size, seed)._replace(shifts=0 * start.zeros().shifts), schedule
+    )
+    assert (np.diff(np.append(still.table.time[: len(start.times) - 1], still.end)) < 0).all()
+    assert still.table.time[0] == plan.table.time[0]
     assert moved.end == plan.end
     assert moved.calls == plan.calls
-    stepping = jax.tree.map(
-        lambda column: column[: len(start.times) - 1], moved.table
-    )  # without the row of denoise_to_zero
+    # Without the row of denoise_to_zero, at the times of the states.
+    stepping = jax.tree.map(lambda column: column[: len(start.times) - 1], still.table)
     check_table(Solver("fitted", lambda *_: stepping, moved.rule), stepping, schedule, moved.end)
+    told = moved.table.time[: len(start.times) - 1]
+    assert_close(stepping._replace(time=told), jax.tree.map(lambda column: column[: len(told)], moved.table), 1e-12)
+    assert schedule.t_min - 1e-9 <= told.min() <= told.max() <= schedule.t_max * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_gradients_are_finite_where_lambda_is_infinite(schedule):
     offsets = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start.zeros())
     gradient = jax.jit(jax.grad(total))(offsets)
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in gradient)
-    teacher = fitting.default_teacher(start, schedule)
+    teacher = fitting.default_teacher(schedule, plan)
     finite = np.isfinite(start.lambda_)
     assert teacher.calls == 100 + np.sum(~finite)
     assert (teacher.table.time[0], teacher.end) == (start.times[0], start.times[-1])
@@ -194,9 +199,49 @@ def test_a_fitted_plan_is_a_plan_like_any_other(fitted):
     np.testing.assert_allclose(x, ed.sample(DENOISE, NOISE[:4], fitted.plan), atol=1e-4)
 
 
-def test_a_fit_can_start_from_a_fitted_plan(fitted):
-    start = fitting.start_of(fitted.plan, EDM)
-    assert_close(fitting.realise(start, start.zeros(), EDM), fitted.plan, 1e-10)
+def test_a_fit_can_go_on_from_offsets(fitted):
+    again = fit(offsets=fitted.offsets, steps=2, optimizer=optax.sgd(np.nan))
+    assert again.report.best_step == 0
+    assert_close(again.plan, fitted.plan, 0)
+    assert again.report.start.median > again.report.fitted.median
+    with pytest.raises(ValueError, match="give fit its start and its offsets"):
+        fitting.start_of(fitted.plan, EDM)
+    with pytest.raises(ValueError, match=r"offsets.times must be finite and of shape \(5,\), .* got \(4,\)"):
+        fit(offsets=fitted.offsets._replace(times=np.zeros(4)))
+    with pytest.raises(TypeError, match="offsets must be Offsets"):
+        fit(offsets=fitted)
+
+
+def test_weights_and_samples_of_the_teacher_can_be_given(fitted):
+    denoise = lambda params, x, t: DENOISE(x, t) * params["one"]
+    teacher = fitting.default_teacher(EDM, START, 50)
+    params = {"one": jnp.ones(())}
+    target = fitting.converge(denoise, NOISE, teacher, params=params, batch=100)
+    np.testing.assert_allclose(target, ed.sample(DENOISE, NOISE, teacher), atol=1e-3)
+    result = fit(denoise=denoise, params=params, target=target, teacher=teacher)
+    assert result.report.teacher_calls == 0
+    assert result.card["teacher_calls"] == 50
+    assert_close(result.plan, fit(teacher=teacher).plan, 1e-3)
+    with pytest.raises(ValueError, match=r"target.* must return the shape of x"):
+        fit(target=target[:5])
+    with pytest.raises(ValueError, match="1 of the teacher's 384 samples are not finite"):
+        fit(target=np.where(np.arange(384)[:, None] == 7, np.nan, target))
+
+
+def test_noise_that_may_move_comes_nearer_to_the_target():
+    """The training loss falls below that without, and the noise stays within its radius."""
+    from evodiff_jax.fitting import _fit
+
+    noise, gradient = (np.random.default_rng(i).standard_normal((6, 3, 2)).astype(np.float32) for i in (0, 1))
+    moved = noise
+    for _ in range(20):
+        moved = _fit._moved(moved, gradient, noise, 0.1)
+    size = lambda x: np.sqrt(np.mean(np.square(x), axis=(1, 2)))
+    np.testing.assert_allclose(size(moved - noise), 0.1 * size(noise), rtol=1e-4)
+    assert (np.sum((moved - noise) * gradient, axis=(1, 2)) < 0).all()
+    result = fit(radius=0.05, steps=40)
+    assert result.card["radius"] == 0.05
+    assert result.report.validation_fitted.mean_log < result.report.validation_start.mean_log
 
 
 @pytest.mark.slow
@@ -326,7 +371,7 @@ def test_what_is_no_fitted_plan_is_said(fitted, tmp_path):
             fitting.load(path)
 
     refused("is no fitted plan", kind="weights")
-    refused("is of version 2 .* reads 1", version=2)
+    refused("is of version 3 .* reads 2", version=3)
     refused("damaged fitted plan", calls=100)
     refused("damaged fitted plan", report={})
     refused("damaged fitted plan", arrays={k: v for k, v in arrays.items() if k != "table.time"})
@@ -366,6 +411,7 @@ def stochastic():
         ({"validation": 0.6, "test": 0.4}, "leave samples for training"),
         ({"validation": 0.0}, "fractions above 0"),
         ({"loss": "l1"}, "got 'l1'"),
+        ({"radius": -0.1}, "radius must be a number from 0 to below 1, .* got -0.1"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch": 1.5}, "batch must be an integer of at least 1, got 1.5"),
         ({"denoise": ed.denoisers.gaussian_mixture(SCHEDULES["vp_linear"], [[0.0, 1.0]], 1.0)}, "another schedule"),

@@ -4,8 +4,9 @@
 """
 
 from evodiff_jax.fitting._files import load, save
-from evodiff_jax.fitting._fit import Figures, Fitted, Report, default_teacher, fit
+from evodiff_jax.fitting._fit import Figures, Fitted, Report, fit
 from evodiff_jax.fitting._offsets import Offsets, Start, realise, start_of
+from evodiff_jax.fitting._teacher import converge, default_teacher
 
 __all__ = [
     "Figures",
@@ -13,6 +14,7 @@ __all__ = [
     "Offsets",
     "Report",
     "Start",
+    "converge",
     "default_teacher",
     "fit",
     "load",

@@ -19,7 +19,7 @@ from evodiff_jax.solvers._variance_optimal import Data
 from evodiff_jax.tables import Plan, Table
 
 KIND = "evodiff_jax fitted plan"
-VERSION = 1
+VERSION = 2
 _DIGEST = "digest"  # the entry of the card that names the model
 
 
@@ -151,6 +151,6 @@ def _read(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fitted:
     return Fitted(
         plan=Plan(table, np.asarray(calls, np.int32), arrays["end"], rule, levels),
         report=Report(**{**report, "samples": tuple(report["samples"])}),
-        offsets=Offsets(arrays["offsets.times"], arrays["offsets.weights"]),
+        offsets=Offsets(*(arrays[f"offsets.{name}"] for name in Offsets._fields)),
         card=dict(described["card"]),
     )

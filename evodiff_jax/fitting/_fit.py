@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.extras import require
-from evodiff_jax.fitting._offsets import Offsets, Start, check_levels, realise, start_of, time_at
-from evodiff_jax.numerics import is_integer
-from evodiff_jax.sampling import plan as lay_out
-from evodiff_jax.sampling import sample
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, made_of
-from evodiff_jax.solvers import unipc
+from evodiff_jax.fitting._checks import checked
+from evodiff_jax.fitting._offsets import Offsets, realise
+from evodiff_jax.fitting._teacher import bind, converge, in_batches
+from evodiff_jax.sampling import init, sample, update
+from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Plan
-from evodiff_jax.types import batch_size, check_function, check_keys, check_state, widest
+from evodiff_jax.types import check_keys, widest
 
-TEACHER_STEPS = 100  # of UniPC of order 3
-RATE = 0.02  # of Adam at the first step; falls to 0 as a cosine
+RATE = 0.03  # of Adam at the first step; falls to 0 as a cosine
 CHUNKS = 20  # times that the validation error is taken in a fit
 PATIENCE = 10  # validations without a better plan after which a fit ends
 # In units of the start's median error. 0.03 to 3 give the same median (within 18 %) on mixture-2d and mixture-64d in 5
 # calls; root mean squares are the smaller the larger it is, by 5 % and 47 % from 0.03 to 3.
 OFFSET = 1.0
-_BEYOND = 5.0  # what the default teacher adds to lambda where the run ends at sigma = 0 or starts at alpha = 0
-_LEAST = 8  # samples
+_STRIDE = 0.2  # of x_T's move at a step, in units of its radius
 
 
 class Figures(NamedTuple):
@@ -99,11 +96,11 @@ class _Data(NamedTuple):
 
     noise: Any
     condition: Any
-    target: Any = None
+    target: Any
 
 
 class _Candidate(NamedTuple):
-    """The plan after a step of the optimizer, and the errors of its samples on the validation part."""
+    """A plan of the fit, and the errors of its samples on the validation part."""
 
     step: int
     offsets: Offsets
@@ -118,41 +115,54 @@ def fit(
     x_T: Any,
     *,
     key: jax.Array,
+    params: Any = None,
     condition: Any = None,
     teacher: Plan | None = None,
+    target: Any = None,
+    offsets: Offsets | None = None,
     loss: str = "log",
     error: Callable[[Any, Any], Any] | None = None,
     optimizer: Any = None,
     steps: int = 400,
-    batch: int = 128,
+    batch: int = 32,
     validation: float = 0.25,
     test: float = 0.25,
     outputs: int = 4,
+    radius: float = 0.0,
     remat: bool = False,
     progress: bool | Callable[[int, float], Any] = True,
 ) -> Fitted:
     """Fits a plan's times and weights to a model: the samples of few calls come near those of many.
 
     Args:
-      denoise: the data prediction as it will be used, guidance included: denoise(x, t), or denoise(x, t, condition).
+      denoise: the data prediction as it will be used, guidance included: denoise(x, t), with params before x where
+        params are given and condition after t where that is.
       schedule: the schedule of denoise and plan.
       plan: the start, see `start_of`; its calls and ends are those of the fitted plan.
       x_T: (N, ...) noise at the plan's first time, N >= 8, or a pytree of such. By position the first are for
         training, then those for validation, then those for the test.
       key: a random key, which chooses the batches. The same key and arguments give the same plan.
+      params: None, or a pytree of arrays, the network's weights. Weights that `denoise` closes over become constants
+        of the compiled programs.
       condition: None, or a pytree of arrays (N, ...), what `denoise` takes for each sample.
-      teacher: the plan whose samples are aimed at; None for UniPC of order 3 in 100 equal log-SNR steps.
+      teacher: the plan whose samples are aimed at; None for `default_teacher`.
+      target: the teacher's samples of x_T from `converge`, where they are already made; for the report, `teacher`
+        is still the plan that made them.
+      offsets: where the descent begins, such as those fitted to another model; None for the plan itself.
       loss: "log", the mean over samples of log(error + offset), offset the start's median error; or
         "mean_square", which a few samples that end in another mode decide.
       error: error(x, target) -> (B,), not negative, such as a distance of features; None for the root mean square
         difference of a sample.
-      optimizer: an optax.GradientTransformation; None for Adam with a rate that falls from 0.02 to 0 as a cosine.
+      optimizer: an optax.GradientTransformation; None for Adam with a rate that falls from 0.03 to 0 as a cosine.
       steps: of the optimizer, at most: a fit ends after 10 of 20 validations without a better plan.
-      batch: samples a step, fewer where the training part is smaller, and samples at a time elsewhere.
+      batch: samples a step, fewer where the training part is smaller.
       validation: the fraction of x_T that decides between the plans of the fit, the start among them.
       test: the fraction of x_T for the report's figures.
       outputs: see `start_of`.
-      remat: as for `sample`: less memory for two more evaluations of the model a call.
+      radius: how far each noise of the training part may move towards one from which the fitted plan reaches the
+        target, as a fraction of its root mean square, 0 to below 1 (the relaxation of LD3, arXiv 2405.15506,
+        section 3.2). Validation and test are from x_T as it is.
+      remat: as for `sample`: less memory for more evaluations of the model.
       progress: True for a bar in terminals, or progress(step, validation loss), called after each validation.
 
     Returns:
@@ -171,7 +181,7 @@ def fit(
       >>> denoise = ed.denoisers.gaussian_mixture(schedule, [[-1.0, 0.0], [1.0, 0.5]], 0.1)
       >>> start = ed.plan(schedule, ed.grids.log_snr(schedule, 4), ed.solvers.dpm_solver_pp(2))
       >>> x_T = schedule.noise(jax.random.key(0), (128, 2))
-      >>> fitted = fitting.fit(denoise, schedule, start, x_T, key=jax.random.key(1), steps=60, batch=32)
+      >>> fitted = fitting.fit(denoise, schedule, start, x_T, key=jax.random.key(1), steps=60)
       >>> fitted.report.fitted.median < 0.7 * fitted.report.start.median
       True
     """
@@ -179,70 +189,105 @@ def fit(
     import optax
 
     began = time.monotonic()
-    start, teacher, x_T, parts = _checked(
-        denoise, schedule, plan, x_T, condition, teacher, loss, error, steps, batch, validation, test, outputs
+    start, begin, teacher, x_T, parts = checked(
+        denoise,
+        schedule,
+        plan,
+        x_T,
+        condition,
+        teacher,
+        target,
+        offsets,
+        loss,
+        error,
+        steps,
+        batch,
+        validation,
+        test,
+        outputs,
+        radius,
     )
     key = check_keys(key, 0)
     optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps)) if optimizer is None else optimizer
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")
     batch, error = min(int(batch), parts[0]), _root_mean_square if error is None else error
+    at_a_time = min(4 * batch, sum(parts))  # without a gradient
+    taught = 0 if target is not None else int(teacher.calls) * sum(parts)
+    if target is None:
+        target = converge(denoise, x_T, teacher, params=params, condition=condition, batch=at_a_time)
 
-    def sampled(plan: Plan, data: _Data, remat: bool = False) -> Any:
-        of_batch = denoise if condition is None else made_of(lambda x, t: denoise(x, t, data.condition), denoise)
-        return sample(of_batch, data.noise, plan, remat=remat)
+    @jax.jit
+    def judge(plan: Plan, params: Any, *data: Any) -> Any:
+        noise, condition, target = data
+        return error(sample(bind(denoise, params, condition), noise, plan), target)
 
-    judge = jax.jit(lambda plan, data: error(sampled(plan, data), data.target))
-    errors = lambda plan, data: _in_batches(functools.partial(judge, plan), data, batch).astype(np.float64)
-    target = _in_batches(functools.partial(jax.jit(sampled), teacher), _Data(x_T, condition), batch)
-    _check_finite(target)
-    train, validate, unseen = _split(_Data(x_T, condition, target), parts)
-    zeros = start.zeros()
-    of_start = realise(start, zeros, schedule)
+    def errors(plan: Plan, data: _Data) -> np.ndarray:
+        return in_batches(functools.partial(judge, plan, params), data, at_a_time).astype(np.float64)
+
+    ends = np.cumsum(parts)
+    train, validate, unseen = (
+        _Data(*jax.tree.map(lambda leaf: jnp.asarray(leaf[last - count : last]), (x_T, condition, target)))  # noqa: B023
+        for count, last in zip(parts, ends, strict=True)
+    )
+    of_start = realise(start, start.zeros(), schedule)
     offset = _offset(errors(of_start, train), target)
 
     def value(xp: Any, errors: Any) -> Any:
         return xp.mean(xp.log(errors + offset) if loss == "log" else errors**2)
 
-    def objective(offsets: Offsets, data: _Data) -> Any:
-        return value(jnp, error(sampled(realise(start, offsets, schedule), data, remat), data.target))
+    def objective(offsets: Offsets, noise: Any, params: Any, data: _Data) -> Any:
+        moved = realise(start, offsets, schedule)
+        x = _differentiably(bind(denoise, params, data.condition), noise, moved, int(plan.calls), remat)
+        return value(jnp, error(x, data.target))
 
     @jax.jit
-    def advance(carry: Any, first: Any, last: Any, train: _Data, key: jax.Array) -> Any:
-        def step(i: Any, carry: Any) -> Any:
-            offsets, state = carry
-            chosen = jax.random.choice(jax.random.fold_in(key, i), parts[0], (batch,), replace=False)
-            gradient = jax.grad(objective)(offsets, jax.tree.map(lambda leaf: leaf[chosen], train))
-            updates, state = optimizer.update(gradient, state, offsets)
-            return optax.apply_updates(offsets, updates), state
+    def advance(carry: Any, i: Any, params: Any, train: _Data, key: jax.Array) -> Any:
+        offsets, state, noise = carry
+        chosen = jax.random.choice(jax.random.fold_in(key, i), parts[0], (batch,), replace=False)
+        part = jax.tree.map(lambda leaf: leaf[chosen], train)
+        arguments = offsets, jax.tree.map(lambda leaf: leaf[chosen], noise), params, part
+        if radius:
+            gradient, of_noise = jax.grad(objective, (0, 1))(*arguments)
+            near = _moved(arguments[1], of_noise, part.noise, radius)
+            noise = jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new), noise, near)
+        else:
+            gradient = jax.grad(objective)(*arguments)
+        updates, state = optimizer.update(gradient, state, offsets)
+        return optax.apply_updates(offsets, updates), state, noise
 
-        return jax.lax.fori_loop(first, last, step, carry)
-
-    first = best = _Candidate(0, zeros, of_start, errors(of_start, validate))
-    carry = jax.tree.map(lambda leaf: jnp.asarray(leaf, widest(jax.tree.leaves(x_T))), zeros)
-    carry = carry, optimizer.init(carry)
+    candidates = [_Candidate(0, start.zeros(), of_start, errors(of_start, validate))]
+    if offsets is not None:
+        moved = realise(start, begin, schedule)
+        candidates.append(_Candidate(0, begin, moved, errors(moved, validate)))
+    first = candidates[0]
+    loss_of = lambda candidate: float(value(np, candidate.errors))
+    best = min(candidates, key=lambda candidate: np.nan_to_num(loss_of(candidate), nan=np.inf))
+    first_offsets = jax.tree.map(lambda leaf: jnp.asarray(leaf, widest(jax.tree.leaves(x_T))), begin)
+    carry = first_offsets, optimizer.init(first_offsets), train.noise
     done = validations = best_at = 0
     interrupted = False
-    tell, close = _teller(progress, steps)
+    marks = set(np.ceil(np.linspace(0, steps, CHUNKS + 1)[1:]).astype(int).tolist())
+    ticks, tell = _teller(progress, steps)
     try:
-        for last in np.unique(np.ceil(np.linspace(0, steps, CHUNKS + 1)[1:]).astype(int)).tolist():
-            carry = advance(carry, done, last, train, key)
-            offsets = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), carry[0])
-            done = last
-            if not all(np.isfinite(leaf).all() for leaf in offsets):
+        for i in ticks:
+            carry = advance(carry, i, params, train, key)
+            done = i + 1
+            if done not in marks:
+                continue
+            moves = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), carry[0])
+            if not all(np.isfinite(leaf).all() for leaf in moves):
                 break  # and those of all later steps would be no better
-            moved = realise(start, offsets, schedule)
-            found = _Candidate(done, offsets, moved, errors(moved, validate))
+            moved = realise(start, moves, schedule)
+            found = _Candidate(done, moves, moved, errors(moved, validate))
             validations += 1
-            if np.isfinite(value(np, found.errors)) and not value(np, best.errors) <= value(np, found.errors):
+            if np.isfinite(loss_of(found)) and not loss_of(best) <= loss_of(found):
                 best, best_at = found, validations
-            tell(done, float(value(np, best.errors)))
+            tell(done, loss_of(best))
             if validations - best_at == PATIENCE:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    finally:
-        close()
     calls = int(plan.calls)
     report = Report(
         start=_figures(errors(of_start, unseen), offset),
@@ -253,133 +298,60 @@ def fit(
         steps=done,
         best_step=best.step,
         loss_offset=offset,
-        teacher_calls=int(teacher.calls) * sum(parts),
-        forward_calls=calls * (parts[0] + (1 + validations) * parts[1] + 2 * parts[2]),
+        teacher_calls=taught,
+        forward_calls=calls * (parts[0] + (len(candidates) + validations) * parts[1] + 2 * parts[2]),
         gradient_calls=calls * batch * done,
         seconds=time.monotonic() - began,
         interrupted=interrupted,
     )
-    card = {"loss": loss, "teacher_calls": int(teacher.calls), "key": jax.random.key_data(key).tolist()}
+    card = {
+        "loss": loss,
+        "radius": float(radius),
+        "teacher_calls": int(teacher.calls),
+        "key": jax.random.key_data(key).tolist(),
+    }
     return Fitted(best.plan, report, best.offsets, card)
 
 
-def default_teacher(start: Start, schedule: NoiseSchedule) -> Plan:
-    """UniPC of order 3 in 100 equal log-SNR steps between the start's ends, and beyond where lambda is infinite there.
+def _differentiably(denoise: Callable[[Any, Any], Any], x_T: Any, plan: Plan, calls: int, remat: bool) -> Any:
+    """`sample`, on CPUs written out call by call.
 
-    A run to sigma = 0 or from alpha = 0 has a last or first step more, from or to 5 beyond the start's finite lambda.
+    XLA's CPU code for the gradient of a convolution inside any loop is four to ten times slower than outside of one
+    (jax issue 12868). Elsewhere the loop compiles in a fraction of the time.
     """
-    times, known = start.times, np.isfinite(start.lambda_)
-    inside = start.lambda_[known] if known.any() else np.zeros(1)
-    ends = inside[0] - _BEYOND * (not known[0]), inside[-1] + _BEYOND * (not known[-1])
-    steps = max(TEACHER_STEPS, int(start.plan.calls))
-    middle = np.asarray(time_at(schedule, np.linspace(*ends, steps + 1)))
-    if known[0]:
-        middle = middle[1:]
-    if known[-1]:
-        middle = middle[:-1]
-    return lay_out(schedule, np.concatenate([times[:1], middle, times[-1:]]), unipc(3))
+    if jax.default_backend() != "cpu":
+        return sample(denoise, x_T, plan, remat=remat)
+    state = init(x_T, plan)
+    called = jax.checkpoint(denoise) if remat else denoise
+    for _ in range(calls):
+        state = update(state, called(state.x, state.t), plan)
+    return state.x
 
 
-def _checked(
-    denoise: Any,
-    schedule: NoiseSchedule,
-    plan: Plan,
-    x_T: Any,
-    condition: Any,
-    teacher: Plan | None,
-    loss: Any,
-    error: Any,
-    steps: Any,
-    batch: Any,
-    validation: Any,
-    test: Any,
-    outputs: int,
-) -> tuple[Start, Plan, Any, tuple[int, int, int]]:
-    """The start, the teacher, the noise and the sizes of its parts."""
-    check_function("denoise", denoise, "denoise(x, t) -> x_0, or denoise(x, t, condition)")
-    start = start_of(plan, schedule, outputs=outputs)
-    check_same_schedule(denoise, plan.levels, "the plan's")
-    if loss not in ("log", "mean_square"):
-        raise ValueError(f'loss must be "log" or "mean_square", got {loss!r}; give a function of samples as error')
-    if error is not None:
-        check_function("error", error, "error(x, target) -> (B,)")
-    for name, value in (("steps", steps), ("batch", batch)):
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    x_T = check_state(x_T, "x_T")
-    count = batch_size(x_T)
-    if count < _LEAST:
-        raise ValueError(f"x_T has {count} samples, a fit needs at least {_LEAST}, and some hundreds to be of use")
-    validating, testing = (max(1, round(part * count)) for part in (validation, test))
-    training = count - validating - testing
-    if not (0 < validation < 1 and 0 < test < 1 and training > 0):
-        raise ValueError(
-            "validation and test must be fractions above 0 that leave samples for training, got "
-            f"validation={validation}, test={test} of {count} samples"
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(condition):
-        if np.shape(leaf)[:1] != (count,):
-            where = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"condition{where} must have one entry for each of the {count} samples of x_T, got shape "
-                f"{np.shape(leaf)}"
-            )
-    teacher = default_teacher(start, schedule) if teacher is None else teacher
-    _check_teacher(teacher, start, schedule)
-    return start, teacher, x_T, (training, validating, testing)
-
-
-def _check_teacher(teacher: Any, start: Start, schedule: NoiseSchedule) -> None:
-    if not isinstance(teacher, Plan):
-        raise TypeError(f"teacher must be a Plan, from evodiff_jax.plan(schedule, times, solver), got {teacher!r}")
-    if np.ndim(teacher.calls) != 0:
-        raise ValueError(f"the teacher is a stack of {np.shape(teacher.calls)[0]} plans: give one")
-    check_levels("the teacher", teacher.levels, schedule)
-    if teacher.table.noise is not None:
-        raise ValueError("the teacher is of a stochastic solver: its samples are not functions of x_T")
-    if int(teacher.calls) < int(start.plan.calls):
-        raise ValueError(f"the teacher makes {int(teacher.calls)} calls, fewer than the plan's {int(start.plan.calls)}")
-    ends = float(teacher.table.time[0]), float(teacher.end)
-    if not np.allclose(ends, start.times[[0, -1]], rtol=0, atol=1e-6 * (schedule.t_max - schedule.t_min)):
-        raise ValueError(
-            f"the teacher runs from t = {ends[0]:g} to {ends[1]:g}, the plan from {start.times[0]:g} to "
-            f"{start.times[-1]:g}: give both the same ends"
-        )
+def _moved(noise: Any, gradient: Any, around: Any, radius: float) -> Any:
+    """A step of each noise against its gradient, and back into the ball around the original one."""
+    size = lambda tree: jnp.sqrt(_mean_square(tree) + jnp.finfo(jnp.float32).tiny)
+    most = radius * size(around)
+    scaled = lambda tree, factor: jax.tree.map(
+        lambda leaf: leaf * factor.reshape(-1, *(1,) * (leaf.ndim - 1)).astype(leaf.dtype), tree
+    )
+    stepped = jax.tree.map(jnp.subtract, noise, scaled(gradient, _STRIDE * most / size(gradient)))
+    apart = jax.tree.map(jnp.subtract, stepped, around)
+    return jax.tree.map(jnp.add, around, scaled(apart, jnp.minimum(1.0, most / size(apart))))
 
 
 def _root_mean_square(x: Any, target: Any) -> Any:
     """The root mean square difference of each sample from its target, with a finite derivative where that is 0."""
-    pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(target), strict=True))
-    wide = widest([leaf for leaf, _ in pairs])
-    squares = [jnp.sum((a.astype(wide) - b.astype(wide)).reshape(len(a), -1) ** 2, axis=1) for a, b in pairs]
-    numbers = sum(a[0].size for a, _ in pairs)
-    return jnp.sqrt(sum(squares) / numbers + jnp.finfo(wide).tiny)
+    wide = widest(jax.tree.leaves(x))
+    apart = jax.tree.map(lambda a, b: a.astype(wide) - b.astype(wide), x, target)
+    return jnp.sqrt(_mean_square(apart) + jnp.finfo(wide).tiny)
 
 
-def _in_batches(run: Callable[[Any], Any], data: _Data, batch: int) -> Any:
-    """What a function of a batch makes of all samples, on the host; the last batch is filled up with the first ones."""
-    count = batch_size(data.noise)
-    batches = np.resize(np.arange(count), (-(-count // batch), min(batch, count)))
-    made = [jax.tree.map(np.asarray, run(jax.tree.map(lambda leaf: leaf[rows], data))) for rows in batches]  # noqa: B023
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *made)
-
-
-def _split(data: _Data, parts: tuple[int, int, int]) -> list[_Data]:
-    """The training, validation and test parts, on the device."""
-    ends = np.cumsum(parts)
-    part = lambda first, last: jax.tree.map(lambda leaf: jnp.asarray(leaf[first:last]), data)
-    return [part(last - count, last) for count, last in zip(parts, ends, strict=True)]
-
-
-def _check_finite(samples: Any) -> None:
-    finite = [np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(samples)]
-    bad = np.flatnonzero(~np.logical_and.reduce(finite))
-    if bad.size:
-        which = ", ".join(map(str, bad[:5])) + (", ..." if bad.size > 5 else "")
-        raise ValueError(
-            f"{bad.size} of the teacher's {len(finite[0])} samples are not finite, those of x_T[{which}]: the model or "
-            "the teacher is unusable there"
-        )
+def _mean_square(tree: Any) -> Any:
+    """The mean square of each sample over all its numbers, (B,)."""
+    leaves = jax.tree.leaves(tree)
+    squares = [jnp.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves]
+    return sum(squares) / sum(leaf[0].size for leaf in leaves)
 
 
 def _offset(errors: np.ndarray, target: Any) -> float:
@@ -398,18 +370,13 @@ def _figures(errors: np.ndarray, offset: float) -> Figures:
     )
 
 
-def _teller(progress: Any, steps: int) -> tuple[Callable[[int, float], Any], Callable[[], Any]]:
-    """What is called after each validation, and at the end."""
+def _teller(progress: Any, steps: int) -> tuple[Iterator[int], Callable[[int, float], Any]]:
+    """The numbers of the steps, and what is called after each validation."""
     if callable(progress):
-        return progress, lambda: None
+        return iter(range(steps)), progress
     if not progress:
-        return lambda step, value: None, lambda: None
+        return iter(range(steps)), lambda step, value: None
     from tqdm import tqdm
 
-    bar = tqdm(total=steps, desc="fit", unit="step", disable=None)
-
-    def tell(step: int, value: float) -> None:
-        bar.set_postfix(validation=f"{value:.4g}", refresh=False)
-        bar.update(step - bar.n)
-
-    return tell, bar.close
+    bar = tqdm(range(steps), desc="fit", unit="step", disable=None)
+    return iter(bar), lambda step, value: bar.set_postfix(validation=f"{value:.4g}", refresh=False)

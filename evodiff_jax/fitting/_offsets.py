@@ -6,8 +6,9 @@ Over the step to the next time, with the outputs H_0 ... H_K, newest first, of `
 
 where transition and amplitude are those of the exact solution for a constant output (see `quadrature`). A fit adds
 sum_a c_a D_a to the last sum, and moves log h_i of the increments h_i of the log-SNR between the times. The increments
-keep their sum, so the first and the last time stay and times keep their order. A constant output has D_a = 0, so what
-the plan makes of one stays whatever the offsets are.
+keep their sum, so the first and the last time stay and times keep their order. It also moves the times that the model
+is told, `Table.time`, off those of the states: after few calls a state has another noise level than its time says. A
+constant output has D_a = 0 and no time, so what the plan makes of one stays whatever the offsets are.
 
 The b_j, a corrector's, stay: a fit of them would add the same D_a to x' a second time. `variance_optimal` chooses w_j
 and b_j for each sample, and the c_a are the same for all.
@@ -27,6 +28,7 @@ from evodiff_jax.solvers import _variance_optimal
 from evodiff_jax.tables import Plan, Rule, Table, append_denoising, pad
 
 _MOST = 4.0  # |offset| of log h that is approached and never reached: increments grow or shrink by e^4 = 55 at most
+_MOST_SHIFT = 2.0  # the same of lambda
 _TOLERANCE = 1e-6  # of a plan's numbers that must agree with the schedule's
 
 
@@ -36,10 +38,13 @@ class Offsets(NamedTuple):
     Attributes:
       times: (R,), added to the logarithms of the log-SNR increments, softly limited to 4 either way.
       weights: (R, K), the c_a of the module's equation; without effect where there are not so many earlier outputs.
+      shifts: (R,), added to lambda, half the log-SNR, of the time that the model is told at each call; softly limited
+        to 2 either way, and to the lambdas of the plan's ends.
     """
 
     times: Any
     weights: Any
+    shifts: Any
 
 
 class Start(NamedTuple):
@@ -64,7 +69,7 @@ class Start(NamedTuple):
     def zeros(self) -> Offsets:
         """Offsets that leave the plan as it is, float64."""
         rows = int(self.plan.calls)
-        return Offsets(np.zeros(rows), np.zeros((rows, self.predictor.shape[1] - 1)))
+        return Offsets(np.zeros(rows), np.zeros((rows, self.predictor.shape[1] - 1)), np.zeros(rows))
 
 
 def start_of(plan: Plan, schedule: NoiseSchedule, *, outputs: int = 4) -> Start:
@@ -143,6 +148,8 @@ def realise(start: Start, offsets: Offsets, schedule: NoiseSchedule) -> Plan:
             corrector=before[:, None] * xp.asarray(start.corrector, dtype),
             history=steps.history,
         )
+    told = _told(start, times, levels, offsets.shifts, schedule)
+    table = table._replace(time=told)
     if int(start.plan.calls) > count:
         table = append_denoising(table, times[-1])
     table = pad(table, start.plan.table.time.shape[0])
@@ -204,7 +211,8 @@ def _of_weights(table: Table, levels: Levels, outputs: int) -> tuple[np.ndarray,
     if not _close(jax.tree.leaves(found), jax.tree.leaves((steps.transition, (1.0, 0.0), steps.history))):
         raise ValueError(
             "the plan's rows are not steps of the data or of the noise prediction from one call to the next: start "
-            "from a multistep solver such as dpm_solver_pp(2) or ipndm(3)"
+            "from a multistep solver such as dpm_solver_pp(2) or ipndm(3). To go on from a fitted plan give fit its "
+            "start and its offsets"
         )
     return weights, corrections
 
@@ -231,6 +239,20 @@ def _moved(start: Start, offsets: Any, schedule: NoiseSchedule) -> tuple[Any, Le
     # The ends' levels are constants: log(sigma) has no derivative where sigma is 0.
     levels = Levels(*(join(a, b, c) for a, b, c in zip(ends[0], schedule.levels(inner), ends[1], strict=True)))
     return join(fixed[0], inner, fixed[1]), levels
+
+
+def _told(start: Start, times: Any, levels: Levels, shifts: Any, schedule: NoiseSchedule) -> Any:
+    """The times that the model is told. Where lambda is infinite that is the state's own."""
+    xp = namespace(shifts)
+    rows = np.flatnonzero(np.isfinite(start.lambda_[:-1]))
+    if not rows.size:
+        return times[:-1]
+    first, last = rows[0], rows[-1] + 1
+    finite = start.lambda_[np.isfinite(start.lambda_)]
+    own, moves = levels.lambda_[first:last], _MOST_SHIFT * xp.tanh(shifts[first:last] / _MOST_SHIFT)
+    # As a difference, so that no shift is no change at all.
+    change = time_at(schedule, xp.clip(own + moves, finite[0], finite[-1])) - time_at(schedule, own)
+    return xp.concatenate([times[:first], times[first:last] + change, times[last:-1]])
 
 
 def time_at(schedule: NoiseSchedule, lambda_: Any) -> Any:
