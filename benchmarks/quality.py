@@ -120,7 +120,7 @@ def facts() -> list[str]:
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     device = jax.devices()[0]
     return [
-        f"Written by `uv run --group quality python benchmarks/quality.py {' '.join(sys.argv[1:])}`",
+        f"Written by `uv run --group quality python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`",
         f"{name}, {os.cpu_count()} CPU cores; {device.platform}, {device.device_kind}",
         f"python {platform.python_version()}, {', '.join(found)}",
         SETTLED,

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from evodiff_jax.files import discard_unfinished
@@ -38,14 +38,42 @@ def watched() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _watch() -> Any:
-    """Sets the handler and returns the one before, or None where Ctrl-C is ignored or not this thread's business."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        return None
-    return signal.signal(signal.SIGINT, _leave)
+@contextlib.contextmanager
+def raised() -> Iterator[Callable[[], None]]:
+    """A context in which Ctrl-C raises KeyboardInterrupt, for work with a result to keep; a second one leaves.
+
+    Yields:
+      A function that raises KeyboardInterrupt once there was a Ctrl-C: to be called now and then, as the exception is
+      lost where it meets a callback of a library's.
+    """
+    seen: list[bool] = []
+
+    def check() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    def handle(*_: Any) -> None:
+        if seen:
+            _leave()
+        seen.append(True)
+        raise KeyboardInterrupt
+
+    before = _watch(handle)
+    try:
+        yield check
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _leave(*_: Any) -> None:
     discard_unfinished()
     os.write(2, MESSAGE.encode())
     os._exit(INTERRUPTED)
+
+
+def _watch(handler: Callable[..., None] = _leave) -> Any:
+    """Sets the handler and returns the one before, or None where Ctrl-C is ignored or not this thread's business."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return None
+    return signal.signal(signal.SIGINT, handler)

@@ -76,9 +76,9 @@ def assert_refused(capsys, folder, arguments, reason):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "{sample,compare,evaluate,info,convert}"),
+        ("", "{sample,compare,fit,evaluate,info,convert}"),
         ("paint", "'paint'"),
-        ("--steps 3", "{sample,compare,evaluate,info,convert}"),
+        ("--steps 3", "{sample,compare,fit,evaluate,info,convert}"),
         ("info now", "now"),
         ("sample --solver euler2", "sde_dpm_solver_pp-2"),
         ("sample --grid cosine", "time_quadratic"),
@@ -262,7 +262,7 @@ def test_interruptions_are_one_line(capsys, monkeypatch, error, code, line):
     assert capsys.readouterr().err == line
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["fit"], ["info"]])
 def test_help(capsys, command):
     assert main([*command, "--help"]) == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: evodiff-jax", *command]))

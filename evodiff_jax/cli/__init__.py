@@ -1,4 +1,4 @@
-"""The command line: `evodiff-jax sample`, `compare`, `evaluate` and `info`.
+"""The command line: `evodiff-jax sample`, `compare`, `fit`, `evaluate`, `info` and `convert`.
 
 Exit codes: 0 done, 2 a bad argument, a bad file or a missing package, 130 interrupted, 141 nobody reads the output.
 What went wrong is one line on stderr.
@@ -19,6 +19,7 @@ from evodiff_jax import __version__, interrupts
 from evodiff_jax.cli.checkpoints import add_convert_arguments, add_info_arguments, run_convert, run_info
 from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.evaluate import add_evaluate_arguments, run_evaluate
+from evodiff_jax.cli.fit import add_fit_arguments, run_fit
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 
 
@@ -60,10 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         interrupts.COMMAND, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"{interrupts.COMMAND} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{sample,compare,evaluate,info,convert}")
+    commands = parser.add_subparsers(required=True, metavar="{sample,compare,fit,evaluate,info,convert}")
     for name, add_arguments, run, summary in (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
         ("compare", add_compare_arguments, run_compare, "compare solvers on a model"),
+        ("fit", add_fit_arguments, run_fit, "fit plans of few model calls to a model"),
         (
             "evaluate",
             add_evaluate_arguments,

@@ -63,3 +63,14 @@ def guidance(text: str) -> float:
     if not 0 <= value <= _MAX_GUIDANCE:
         raise argparse.ArgumentTypeError(f"must be a number in 0 .. {_MAX_GUIDANCE:g}, got {text!r}")
     return value
+
+
+def fraction(text: str) -> float:
+    """An argument's type: a number from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
+    return value

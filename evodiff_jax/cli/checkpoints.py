@@ -21,7 +21,7 @@ from evodiff_jax.cli.output import check_output
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evodiff-jax info`."""
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", help="file of weights (default: versions, devices, the packaged models)"
+        "file", nargs="?", metavar="FILE", help="file of weights (default: versions, devices, what is packaged)"
     )
     add_checkpoint_arguments(parser)
 
@@ -84,8 +84,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def _print_versions() -> None:
-    """Prints versions, devices and the packaged models with their cards."""
-    from evodiff_jax import pretrained
+    """Prints versions, devices, the packaged models with their cards, and the packaged plans."""
+    from evodiff_jax import fitting, pretrained
 
     print(f"evodiff_jax {__version__}")
     for package in ("jax", "jaxlib", "flax", "numpy"):
@@ -100,3 +100,10 @@ def _print_versions() -> None:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         print(f"model {name}: {parameters:,} parameters, {model.metadata['steps']:,} steps, {size / 1e6:.1f} MB\n")
         print((weights / f"{name}.md").read_text(encoding="utf-8"))
+    for name in fitting.available():
+        fitted = fitting.load(name)
+        report = fitted.report
+        print(
+            f"plan {name}: {int(fitted.plan.calls)} model calls, median error {report.fitted.median:.3g}, its start's "
+            f"{report.start.median:.3g}"
+        )

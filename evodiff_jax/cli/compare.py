@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,16 @@ import numpy as np
 from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
 from evodiff_jax.cli.output import check_folder
+from evodiff_jax.cli.plans import name_of, origin, read_plan, warn_of_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.schedules import edm
+from evodiff_jax.solvers import FORMS
 
 if TYPE_CHECKING:
     from evodiff_jax.evaluation import Problem
+    from evodiff_jax.fitting import Fitted
+    from evodiff_jax.pretrained import Model
 
 _PACKAGED = "fashion_mnist"
 _CALLS = (5, 6, 8, 10, 12, 15, 20)
@@ -45,6 +50,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         default=_CALLS,
         help=f"model calls a sample (default: {' '.join(map(str, _CALLS))})",
     )
+    add("--plans", nargs="+", default=(), metavar="FILE", help="fitted plans of the model to compare too")
     add("--samples", type=integer(10, 50_000), default=200, help="samples of every run (default: %(default)s)")
     add("--batch", type=integer(1, 50_000), default=100, help="images at a time (default: %(default)s)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of the noise (default: %(default)s)")
@@ -88,8 +94,10 @@ def run_compare(args: argparse.Namespace) -> None:
         if name in (args.solvers or evaluation.DETERMINISTIC)
     }
     grids, calls = {name: GRIDS[name] for name in args.grids}, sorted(set(args.calls))
-    planned = evaluation.runs(edm(), grids, calls, solvers)
-    if not planned:
+    fitted = _read_plans(args.plans)
+    plans = {name: found.plan for name, found in fitted.items()}
+    planned = evaluation.runs(edm(), grids, calls, solvers, plans=plans)
+    if len(planned) == len(plans):
         raise ValueError(f"argument --calls: {', '.join(solvers)} have no runs of {', '.join(map(str, calls))} calls")
 
     evaluation.check_plots()
@@ -97,8 +105,10 @@ def run_compare(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     try:
-        problem = _problem(args)
-        made = evaluation.compare(problem, grids, calls, args.out, solvers)
+        model = _load_model(args)
+        _check_plans(args, model)
+        problem = _problem(args, model)
+        made = evaluation.compare(problem, grids, calls, args.out, solvers, plans=plans)
         # disable=None: no bar unless stderr is a terminal.
         results = list(tqdm(made, total=len(planned), desc=problem.name, unit="run", leave=False, disable=None))
     except jax.errors.JaxRuntimeError as error:
@@ -107,29 +117,65 @@ def run_compare(args: argparse.Namespace) -> None:
         raise
 
     title, path = f"Solvers on {problem.name}", args.out / "report.md"
-    written = evaluation.write_report(path, title, _facts(args), [(problem, results)], args.out, args.out)
+    written = evaluation.write_report(path, title, _facts(args, fitted), [(problem, results)], args.out, args.out)
     print(f"model    {problem.name}")
     print(f"judged   by {problem.judged_by}")
     print(f"runs     {len(results)} of {args.samples} samples, seed {args.seed}")
     print(f"output   {', '.join(map(str, written))}")
 
 
-def _problem(args: argparse.Namespace) -> Problem:
-    from evodiff_jax import evaluation, pretrained
+def _read_plans(paths: Sequence[str]) -> dict[str, Fitted]:
+    """The plans by name."""
+    found = {}
+    for path in paths:
+        name = name_of(path)
+        if name in found:
+            raise ValueError(f"argument --plans: two plans have the name {name!r}: rename one")
+        if name in FORMS:
+            raise ValueError(f"argument --plans: the plan {name!r} has the name of a solver: rename it")
+        found[name] = read_plan("--plans", path)
+    return found
 
-    batch = min(args.batch, args.samples)
+
+def _check_plans(args: argparse.Namespace, model: Model | None) -> None:
+    """Compares the plans with the model: exact ones have no digest."""
+    for path in args.plans:
+        if model is None:
+            read_plan("--plans", path, edm())
+        else:
+            found = read_plan("--plans", path, model.schedule, model.digest)
+            warn_of_guidance(name_of(path), found, {"guidance": _scale(args)})
+
+
+def _scale(args: argparse.Namespace) -> float:
+    return 1.0 if args.guidance is None else args.guidance
+
+
+def _load_model(args: argparse.Namespace) -> Model | None:
+    """The model, None where that is an exact one."""
     if args.exact is not None:
-        return evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
+        return None
+    from evodiff_jax import pretrained
+
     model = pretrained.load(args.checkpoint or _PACKAGED, config=args.config, entry=args.entry)
     if model.image_shape[2] not in (1, 3):
         raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
-    scale = 1.0 if args.guidance is None else args.guidance
-    model.denoiser(model.params, np.zeros(1, np.int32) if model.num_classes else None, scale)  # checks the scale
+    model.denoiser(model.params, np.zeros(1, np.int32) if model.num_classes else None, _scale(args))  # checks the scale
+    return model
+
+
+def _problem(args: argparse.Namespace, model: Model | None) -> Problem:
+    from evodiff_jax import evaluation
+
+    batch, scale = min(args.batch, args.samples), _scale(args)
+    if model is None:
+        return evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
     return evaluation.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
 
 
-def _facts(args: argparse.Namespace) -> list[str]:
-    scale = [] if args.exact is not None else [f"guidance {1.0 if args.guidance is None else args.guidance:g}"]
+def _facts(args: argparse.Namespace, fitted: Mapping[str, Fitted]) -> list[str]:
+    scale = [] if args.exact is not None else [f"guidance {_scale(args):g}"]
     device = jax.devices()[0]
     versions = f"evodiff_jax {__version__}, jax {jax.__version__}, python {platform.python_version()}"
-    return [", ".join([f"seed {args.seed}", *scale]), versions, f"{device.platform}, {device.device_kind}"]
+    plans = [f"plan `{name}`: {int(f.plan.calls)} model calls, {origin(f)}" for name, f in fitted.items()]
+    return [", ".join([f"seed {args.seed}", *scale]), versions, f"{device.platform}, {device.device_kind}", *plans]

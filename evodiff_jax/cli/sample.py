@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from evodiff_jax.cli.arguments import integer
-from evodiff_jax.cli.models import add_model_arguments, class_number, load_guided
+from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_output, make_picture
+from evodiff_jax.cli.plans import denoises_to_zero, origin, read_plan, warn_of_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
@@ -23,9 +24,11 @@ from evodiff_jax.tables import Plan
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
-_DEFAULT = "variance_optimal"
+_SOLVER = "variance_optimal"
+_GRID = "log_snr"
+_STEPS = 10
 _SOLVER_HELP = (
-    f"one of {', '.join(FORMS)} (default: %(default)s, which had the smallest errors over the models of "
+    f"one of {', '.join(FORMS)} (default: {_SOLVER}, which had the smallest errors over the models of "
     "benchmarks/RESULTS.md); heun, dpm_2 and the like take two model calls a step"
 )
 
@@ -49,9 +52,10 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--num", type=integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
     add("--batch", type=integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
-    add("--steps", type=integer(1, _MAX_STEPS), default=10, help="steps (default: %(default)s)")
-    add("--solver", choices=FORMS, default=_DEFAULT, metavar="SOLVER", help=_SOLVER_HELP)
-    add("--grid", choices=GRIDS, default="log_snr", help="where the steps are (default: %(default)s)")
+    add("--steps", type=integer(1, _MAX_STEPS), help=f"steps (default: {_STEPS})")
+    add("--solver", choices=FORMS, metavar="SOLVER", help=_SOLVER_HELP)
+    add("--grid", choices=GRIDS, help=f"where the steps are (default: {_GRID})")
+    add("--plan", metavar="FILE", help="a fitted plan, from the command fit or packaged, in place of these three")
     add_model_arguments(parser, "all in turn")
     add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
     add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
@@ -67,6 +71,10 @@ def run_sample(args: argparse.Namespace) -> None:
       ValueError: an argument does not fit the model, the model is unusable, or a batch does not fit in memory.
       OSError: an output cannot be written, or the model not be read.
     """
+    if args.plan is not None:
+        for option, given in (("--steps", args.steps), ("--solver", args.solver), ("--grid", args.grid)):
+            if given is not None:
+                raise ValueError(f"argument {option}: not with --plan, which has its own")
     check_output("--out", args.out, ".png")
     if args.npz is not None:
         check_output("--npz", args.npz, ".npz")
@@ -74,11 +82,12 @@ def run_sample(args: argparse.Namespace) -> None:
     require("tqdm", "PIL", extra="models")
     from evodiff_jax import evaluation
 
+    if args.plan is not None and not denoises_to_zero(read_plan("--plan", args.plan)) and args.denoise_to_zero:
+        raise ValueError("argument --denoise-to-zero: not with --plan, and this plan was fitted without")
     guided = load_guided(args)
     model, batch = guided.model, min(args.batch, args.num)
     labels = make_labels(args.num, guided.num_classes, args.label)
-    times = GRIDS[args.grid](model.schedule, args.steps)
-    run_of = plan(model.schedule, times, FORMS[args.solver].make(), denoise_to_zero=args.denoise_to_zero)
+    run_of, solver = _plan_of(args, guided)
     sampler = evaluation.program_from_key(guided.make_denoiser, model.schedule, model.image_shape)
     try:
         run = run_batches(sampler, run_of, guided.params, jax.random.key(args.seed), labels, batch)
@@ -104,13 +113,31 @@ def run_sample(args: argparse.Namespace) -> None:
     outputs = args.out if args.npz is None else f"{args.out}, {args.npz}"
     twice = "" if evaluations == calls else f", {evaluations} network evaluations"
     print(f"model    {model.name}, {parameters:,} parameters, {args.dtype}")
-    print(f"solver   {args.solver}, {args.steps} steps on the {args.grid} grid")
+    print(f"solver   {solver}")
     print(f"NFE      {calls} model calls a sample{twice}{guided.words}")
     print(f"images   {args.num} in batches of {batch}, seed {args.seed}")
     print(f"compile  {run.compile_seconds:.2f} s")
     print(f"sample   {run.batch_seconds:.3f} s a batch, {batch / run.batch_seconds:.1f} images/s")
     print(f"device   {device.platform}, {device.device_kind}")
     print(f"output   {outputs}")
+
+
+def _plan_of(args: argparse.Namespace, guided: Guided) -> tuple[Plan, str]:
+    """The plan that the images are made with, and what it is in words.
+
+    Raises:
+      ValueError: a fitted plan is of another model.
+    """
+    model = guided.model
+    if args.plan is not None:
+        fitted = read_plan("--plan", args.plan, model.schedule, model.digest)
+        warn_of_guidance(args.plan, fitted, guided.settings)
+        return fitted.plan, f"{origin(fitted)}, {args.plan}"
+    solver, grid = args.solver or _SOLVER, args.grid or _GRID
+    steps = _STEPS if args.steps is None else args.steps
+    times = GRIDS[grid](model.schedule, steps)
+    run_of = plan(model.schedule, times, FORMS[solver].make(), denoise_to_zero=args.denoise_to_zero)
+    return run_of, f"{solver}, {steps} steps on the {grid} grid"
 
 
 def make_labels(num: int, num_classes: int, label: str | None) -> np.ndarray:

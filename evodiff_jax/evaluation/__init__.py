@@ -14,6 +14,7 @@ from evodiff_jax.evaluation._report import SUBJECT, standings
 from evodiff_jax.evaluation._results import Ratio, Result, best_grids, compare, ratios
 from evodiff_jax.evaluation._runs import (
     DETERMINISTIC,
+    FITTED,
     Problem,
     converged,
     make_sampler,
@@ -23,10 +24,11 @@ from evodiff_jax.evaluation._runs import (
     times_of,
 )
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
-from evodiff_jax.evaluation._store import check_store
+from evodiff_jax.evaluation._store import check_store, digest_of_plan, stored
 
 __all__ = [
     "DETERMINISTIC",
+    "FITTED",
     "MIXTURES",
     "SUBJECT",
     "UINT8",
@@ -43,6 +45,7 @@ __all__ = [
     "check_store",
     "compare",
     "converged",
+    "digest_of_plan",
     "evaluate",
     "exact",
     "fid_table",
@@ -62,6 +65,7 @@ __all__ = [
     "skipped",
     "source_of",
     "standings",
+    "stored",
     "times_of",
     "to_uint8",
     "write_fid_report",

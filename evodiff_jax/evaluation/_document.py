@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from evodiff_jax.evaluation._plots import picture, plot
-from evodiff_jax.evaluation._report import SUBJECT, report, write_csv
+from evodiff_jax.evaluation._report import SUBJECT, grids_of, report, write_csv
 from evodiff_jax.evaluation._results import Ratio, Result, converged_distance, ratios
-from evodiff_jax.evaluation._runs import Problem
+from evodiff_jax.evaluation._runs import FITTED, Problem
 from evodiff_jax.files import write_atomically
 
 _TEN = 10
@@ -41,22 +41,28 @@ def write_report(
     """
     assets.mkdir(parents=True, exist_ok=True)
     results = [result for _, of_problem in compared for result in of_problem]
-    peers = {r.solver for r in results} - {SUBJECT}
-    several_grids = len({r.grid for r in results}) > 1
+    solvers = {r.solver for r in results if r.grid != FITTED}
+    peers = solvers - {SUBJECT}
+    several_grids = len(grids_of(results)) > 1
     same: list[Ratio] = []
     best: list[Ratio] = []
+    of_plans: dict[str, list[Ratio]] = {}
     images: dict[str, list[str]] = {}
     written = [path, assets / "results.csv"]
     for problem, of_problem in compared:
         same += ratios(problem, of_problem, store, SUBJECT, peers)
         if several_grids:
             best += ratios(problem, of_problem, store, SUBJECT, peers, best_grid=True)
+        for name in dict.fromkeys(r.solver for r in of_problem if r.grid == FITTED):
+            found = list(ratios(problem, of_problem, store, name, solvers, best_grid=True))
+            if found:  # else no solver makes as many calls
+                of_plans.setdefault(name, []).extend(found)
         made = list(_draw(problem, of_problem, store, assets, pictured))
         images[problem.name] = [name.relative_to(path.parent).as_posix() for name in made]
         written += made
     judged_by = {problem.name: problem.judged_by for problem, _ in compared}
     floors = {problem.name: converged_distance(problem, store) for problem, _ in compared}
-    text = report(title, facts, results, same, best, judged_by, floors, images)
+    text = report(title, facts, results, same, best, judged_by, floors, images, of_plans)
     write_csv(written[1], results)
     write_atomically(path, lambda file: file.write(text.encode()))
     return written
@@ -76,8 +82,8 @@ def _draw(
     plot(path, results)
     yield path
     if pictured is None:
-        counts = dict.fromkeys((min(r.calls for r in results), _TEN))
-        pictured = [(problem.name, grid, count) for grid in dict.fromkeys(r.grid for r in results) for count in counts]
+        counts = dict.fromkeys((min(r.calls for r in results if r.grid != FITTED), _TEN))
+        pictured = [(problem.name, grid, count) for grid in grids_of(results) for count in counts]
     for name, grid, count in pictured:
         drawn = picture(problem, results, store, grid, count) if name == problem.name else None
         if drawn is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evodiff_jax.evaluation._images import to_uint8
-from evodiff_jax.evaluation._report import FIGURES, SUBJECT, ranking
+from evodiff_jax.evaluation._report import FIGURES, SUBJECT, grids_of, ranking
 from evodiff_jax.evaluation._results import Result
-from evodiff_jax.evaluation._runs import Problem, converged
+from evodiff_jax.evaluation._runs import FITTED, Problem, converged
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 
@@ -40,15 +40,15 @@ def plot(path: Path, results: Sequence[Result]) -> None:
     """Draws the results of one problem: a row of panels a grid, a column a figure, a line a solver.
 
     `variance_optimal`, `evodiff` and the best of the others have colours and intervals; a panel shows what is below
-    three times their largest value.
+    three times their largest value. Fitted plans are black crosses on every grid.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     colours = _NAMED | dict(zip(best_peers(results, len(_PEERS)), _PEERS, strict=False))
-    grids = list(dict.fromkeys(r.grid for r in results))
-    names = dict.fromkeys(r.solver for r in results)
+    grids = grids_of(results)
+    names = dict.fromkeys(r.solver for r in results if r.grid != FITTED)
     solvers = [s for s in names if s not in colours] + [s for s in reversed(colours) if s in names]
     calls = sorted({r.calls for r in results})
     drawn = Figure(figsize=(3.4 * len(FIGURES), 2.6 * len(grids) + 0.5), dpi=90, layout="constrained")
@@ -79,6 +79,11 @@ def plot(path: Path, results: Sequence[Result]) -> None:
                 )
                 lines[solver if highlighted else "others"] = line
                 shown += list(estimates[:, 0]) * highlighted
+            plans = [(r.calls, getattr(r, figure).value) for r in results if r.grid == FITTED]
+            plans = [(count, value) for count, value in plans if np.isfinite(value)]
+            if plans:
+                lines[FITTED] = panel.plot(*zip(*plans, strict=True), "kx", markersize=5)[0]
+                shown += [value for _, value in plans]
             _scale(panel, figure, shown)
             panel.set_xscale("log")
             panel.set_xticks(calls, [str(count) for count in calls])
@@ -86,7 +91,7 @@ def plot(path: Path, results: Sequence[Result]) -> None:
             panel.set_title(f"{title}, {grid}", fontsize=8)
             panel.tick_params(which="both", labelsize=7)
             panel.grid(alpha=0.3, linewidth=0.5)
-    order = [name for name in (*colours, "others") if name in lines]
+    order = [name for name in (*colours, "others", FITTED) if name in lines]
     drawn.legend([lines[name] for name in order], order, loc="outside upper center", ncols=len(order), fontsize=8)
     drawn.supxlabel("model calls a sample", fontsize=8)
     write_atomically(path, lambda file: drawn.savefig(file, format="png"))
@@ -115,9 +120,9 @@ def _make_small(path: Path) -> None:
 
 
 def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str, calls: int) -> "Image.Image | None":
-    """The first samples of all solvers on one grid at one number of calls, a row each, and the converged ones.
+    """The first samples of all solvers on one grid and of fitted plans at one number of calls, and the converged ones.
 
-    Every column starts from the same noise.
+    Each has a row. Every column starts from the same noise.
 
     Args:
       problem: the model.
@@ -129,8 +134,8 @@ def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str
     Returns:
       The picture, or None where samples are no images or there are no such runs.
     """
-    chosen = [r for r in results if (r.problem, r.grid, r.calls) == (problem.name, grid, calls)]
-    if problem.images is None or not chosen:
+    chosen = [r for r in results if (r.problem, r.calls) == (problem.name, calls) and r.grid in (grid, FITTED)]
+    if problem.images is None or all(r.grid == FITTED for r in chosen):
         return None
     rows = {}
     for r in chosen:

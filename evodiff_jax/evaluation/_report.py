@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from evodiff_jax.evaluation._results import RANKED, Ratio, Result, best_grids
+from evodiff_jax.evaluation._runs import FITTED
 from evodiff_jax.evaluation.metrics import Estimate
 from evodiff_jax.files import write_atomically
 
@@ -38,6 +39,11 @@ Each solver's figure over the best of all others', over all models, grids and nu
 and the geometric mean. Solvers of two calls a step have no runs of odd numbers of calls."""
 
 
+_OF_PLANS = """\
+Each plan's figure over that of the best solver on its best grid, at the same number of calls. A plan was fitted to the
+model, the solvers were not: plans have no part in the comparisons of solvers with each other."""
+
+
 def write_csv(path: Path, results: Iterable[Result]) -> None:
     """One line a run, each figure with the ends of its interval."""
     text = io.StringIO(newline="")
@@ -59,6 +65,7 @@ def report(
     judged_by: Mapping[str, str],
     floors: Mapping[str, Estimate],
     pictures: Mapping[str, Sequence[str]],
+    plans: Mapping[str, Sequence[Ratio]] | None = None,
 ) -> str:
     """The whole document: what was run, how variance_optimal and all others stand, and every figure.
 
@@ -71,6 +78,7 @@ def report(
       judged_by: by problem, the features and data in words.
       floors: by problem, the Frechet distance of the converged samples.
       pictures: by problem, addresses of plots and pictures relative to the document.
+      plans: by fitted plan, its ratios to the best solver on its best grid.
 
     Returns:
       Markdown.
@@ -87,18 +95,26 @@ def report(
             if compared is same:
                 parts.append(_below_floors(same, results, floors))
             parts += _ratio_tables(compared, one_grid=compared is best)
+    if plans:
+        parts += ["## Fitted plans against the best solver", _OF_PLANS, _table_of_plans(plans)]
     parts += ["## Every solver against the best of the others", _STANDINGS]
     parts += ["### On the same grid", _standing_table(results, best_grid=False)]
-    if len({r.grid for r in results}) > 1:
+    if len(grids_of(results)) > 1:
         parts += ["### Every solver on its best grid", _standing_table(results, best_grid=True)]
     for name in judged_by:
         parts += _model_section(name, [r for r in results if r.problem == name], pictures.get(name, ()))
     return "\n\n".join(parts) + "\n"
 
 
+def grids_of(results: Iterable[Result]) -> list[str]:
+    """The grids of the solvers' results."""
+    return list(dict.fromkeys(r.grid for r in results if r.grid != FITTED))
+
+
 def standings(results: Iterable[Result], figure: str, best_grid: bool = False) -> dict[str, list[float]]:
-    """By solver the ratios of its figure to the best of the others' for every run."""
-    results = best_grids(results, figure) if best_grid else list(results)
+    """By solver the ratios of its figure to the best of the others' for every run; fitted plans are left out."""
+    results = [r for r in results if r.grid != FITTED]
+    results = best_grids(results, figure) if best_grid else results
     cells: dict[tuple, dict[str, float]] = {}
     for r in results:
         key = r.problem, None if best_grid else r.grid, r.calls
@@ -188,6 +204,16 @@ def _ratio_tables(compared: Sequence[Ratio], one_grid: bool) -> list[str]:
     return parts
 
 
+def _table_of_plans(plans: Mapping[str, Sequence[Ratio]]) -> str:
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for name, compared in plans.items():
+        for r in compared:
+            cells = rows.setdefault((r.problem, f"`{name}`", str(r.calls)), {})
+            cells[r.figure] = f"{_ratio_cell(r, False)}, {r.peer_grid}"
+    header = ["model", "plan", "calls", *(FIGURES[figure] for figure in RANKED)]
+    return _table(header, [[*row, *(cells[figure] for figure in RANKED)] for row, cells in rows.items()])
+
+
 def _ratio_cell(r: Ratio, with_grids: bool) -> str:
     value = f"**{_number(r.ratio.value)}**" if r.ratio.high < 1 else _number(r.ratio.value)
     mine, peer = (f"{r.grid}: ", f", {r.peer_grid}") if with_grids else ("", "")
@@ -203,7 +229,8 @@ def _model_section(name: str, results: Sequence[Result], pictures: Iterable[str]
         for grid in grids:
             rows = [r for r in results if r.grid == grid]
             cell = _kernel_cell if figure == "kernel" else _cell
-            tables.append((f"{grid} grid", {(f"`{r.solver}`", r.calls): cell(getattr(r, figure)) for r in rows}))
+            heading = "fitted plans" if grid == FITTED else f"{grid} grid"
+            tables.append((heading, {(f"`{r.solver}`", r.calls): cell(getattr(r, figure)) for r in rows}))
         for heading, cells in tables:
             parts.append(f"<details><summary>{title}, {heading}</summary>\n\n{_grid('solver', cells)}\n\n</details>")
     return parts

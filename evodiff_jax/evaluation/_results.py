@@ -1,13 +1,23 @@
 """What runs are worth: distances and errors with their intervals, and ratios to the best peer."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from evodiff_jax.evaluation._runs import DETERMINISTIC, Problem, Run, converged, make_sampler, runs
+from evodiff_jax.evaluation._runs import (
+    DETERMINISTIC,
+    FITTED,
+    Problem,
+    Run,
+    converged,
+    make_plan_sampler,
+    make_sampler,
+    runs,
+)
 from evodiff_jax.evaluation._store import Figures, path_of, stored
 from evodiff_jax.evaluation.metrics import (
     Estimate,
@@ -18,7 +28,7 @@ from evodiff_jax.evaluation.metrics import (
     trajectory_errors,
 )
 from evodiff_jax.grids import Grid
-from evodiff_jax.tables import Solver
+from evodiff_jax.tables import Plan, Solver, pad
 
 RANKED = ("frechet", "median", "rms")  # the figures that solvers are compared by
 _INFINITE = Estimate(np.inf, np.inf, np.inf)
@@ -29,8 +39,8 @@ class Result(NamedTuple):
 
     Attributes:
       problem: the problem's name.
-      grid: the grid's name.
-      solver: the solver's name.
+      grid: the grid's name, "fitted" of a fitted plan.
+      solver: the solver's name, or the plan's.
       calls: the number of model calls of a sample.
       frechet: the Frechet distance in the problem's features.
       kernel: the kernel distance, with an interval of 1.96 standard errors.
@@ -90,8 +100,9 @@ def compare(
     solvers: dict[str, Callable[[], Solver]] = DETERMINISTIC,
     resamples: int = 100,
     stored_only: bool = False,
+    plans: Mapping[str, Plan] | None = None,
 ) -> Iterator[Result]:
-    """Runs and judges every solver on every grid at every number of model calls that it can take.
+    """Runs and judges every solver on every grid at every number of model calls that it can take, and fitted plans.
 
     Args:
       problem: the model.
@@ -102,25 +113,33 @@ def compare(
       solvers: solvers by name.
       resamples: of the bootstrap.
       stored_only: leave out what is not stored, so that nothing is sampled.
+      plans: fitted plans of the model by name, each at its own number of calls; their results have the grid "fitted".
 
     Yields:
       One result a run, as soon as it is made.
 
     Raises:
-      ValueError: when the converged samples are not finite.
+      ValueError: when the converged samples are not finite, or a plan has the name of a solver.
     """
     judge, calls = _Judge(problem, folder, resamples), sorted(calls)
     samplers = {}
-    for run in runs(problem.schedule, grids, calls, solvers):
+    longest = max((fitted.table.time.shape[0] for fitted in (plans or {}).values()), default=0)
+    for run in runs(problem.schedule, grids, calls, solvers, plans=plans):
         path = path_of(folder / problem.name, run.solver, run.grid, run.calls, run.digest)
         if stored_only and not path.exists():
             continue
 
         def make(run: Run = run) -> np.ndarray:
-            if run.solver not in samplers:
+            name = run.solver if run.plan is None else FITTED
+            if name not in samplers:
                 samplers.clear()  # the compiled programs of the solvers before
-                samplers[run.solver] = make_sampler(problem, solvers[run.solver](), calls[-1])
-            return samplers[run.solver](run.times)
+                if run.plan is None:
+                    samplers[name] = make_sampler(problem, solvers[name](), calls[-1])
+                else:
+                    samplers[name] = make_plan_sampler(problem)
+            if run.plan is None:
+                return samplers[name](run.times)
+            return samplers[name](dataclasses.replace(run.plan, table=pad(run.plan.table, longest)))
 
         x = stored(path, make)
         blown_up = int(np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(1)))

@@ -1,6 +1,6 @@
 """A model with its noise, the runs of solvers on it, and how they are made."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from evodiff_jax.tables import Plan, Solver
 from evodiff_jax.types import Denoiser
 
 _CONVERGED_STEPS = 200
+
+FITTED = "fitted"  # in the place of a grid's name, for plans that are fitted to a model
 
 # Every deterministic solver in the forms that people use.
 DETERMINISTIC: dict[str, Callable[[], Solver]] = {n: form.make for n, form in FORMS.items() if not form.stochastic}
@@ -52,14 +54,15 @@ class Problem(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A solver at one number of model calls on one grid.
+    """A solver at one number of model calls on one grid, or a fitted plan.
 
     Attributes:
-      solver: the solver's name.
-      grid: the grid's name.
+      solver: the solver's name, or the plan's.
+      grid: the grid's name, FITTED of a plan.
       calls: the number of model calls of a sample.
       times: the times of its steps.
       digest: of the solver, see `digest_of_plan`.
+      plan: the fitted plan, None of a solver.
     """
 
     solver: str
@@ -67,6 +70,7 @@ class Run(NamedTuple):
     calls: int
     times: np.ndarray
     digest: str
+    plan: Plan | None = None
 
 
 def runs(
@@ -75,8 +79,19 @@ def runs(
     calls: Iterable[int],
     solvers: dict[str, Callable[[], Solver]] = DETERMINISTIC,
     denoise_to_zero: bool = False,
+    plans: Mapping[str, Plan] | None = None,
 ) -> list[Run]:
-    """Every solver on every grid at every number of model calls that it can take, the last of `plan` included."""
+    """Every solver on every grid at every number of model calls that it can take, the last of `plan` included.
+
+    Fitted plans, by name, follow, whatever their numbers of calls.
+
+    Raises:
+      ValueError: when a plan has the name of a solver.
+    """
+    plans = {} if plans is None else plans
+    for name in plans:
+        if name in solvers:
+            raise ValueError(f"the plan {name!r} has the name of a solver: rename it")
     found = [
         Run(solver, name, count, times, digest_of_plan(plan(schedule, times, make(), denoise_to_zero=denoise_to_zero)))
         for solver, make in solvers.items()
@@ -84,6 +99,10 @@ def runs(
         for count in sorted(set(calls))
         if (times := times_of(schedule, grid, make(), count, denoise_to_zero)) is not None
     ]
+    for name, fitted in plans.items():
+        count = int(fitted.calls)
+        times = np.append(fitted.table.time[:count], fitted.end)
+        found.append(Run(name, FITTED, count, times, digest_of_plan(fitted), fitted))
     return found
 
 
@@ -153,10 +172,15 @@ def program_from_key(
 
 def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[np.ndarray], np.ndarray]:
     """A function from times to samples (N, ...), compiled once for all runs of up to `max_calls` calls."""
+    sampler = make_plan_sampler(problem)
+    return lambda times: sampler(plan(problem.schedule, times, solver, max_calls=max_calls))
+
+
+def make_plan_sampler(problem: Problem) -> Callable[[Plan], np.ndarray]:
+    """A function from a plan to samples (N, ...), compiled once for all plans of one shape and rule."""
     run = jax.jit(program(lambda params, condition: lambda x, t: problem.denoise(params, x, t, condition)))
 
-    def sampler(times: np.ndarray) -> np.ndarray:
-        laid_out = plan(problem.schedule, times, solver, max_calls=max_calls)
+    def sampler(laid_out: Plan) -> np.ndarray:
         count = len(problem.noise)
         # The last batch is filled up with the first samples, so that all have one shape.
         batches = np.resize(np.arange(count), (-(-count // problem.batch), problem.batch))

@@ -6,6 +6,7 @@
 from evodiff_jax.fitting._files import load, save
 from evodiff_jax.fitting._fit import Figures, Fitted, Report, fit
 from evodiff_jax.fitting._offsets import Offsets, Start, realise, start_of
+from evodiff_jax.fitting._packaged import available
 from evodiff_jax.fitting._teacher import converge, default_teacher
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Offsets",
     "Report",
     "Start",
+    "available",
     "converge",
     "default_teacher",
     "fit",

@@ -55,8 +55,8 @@ def checked(
     check_function("denoise", denoise, "denoise(x, t) -> x_0, or denoise(params, x, t, condition)")
     start = start_of(plan, schedule, outputs=outputs)
     check_same_schedule(denoise, plan.levels, "the plan's")
-    if loss not in ("log", "mean_square"):
-        raise ValueError(f'loss must be "log" or "mean_square", got {loss!r}; give a function of samples as error')
+    if loss not in ("mean", "mean_square"):
+        raise ValueError(f'loss must be "mean" or "mean_square", got {loss!r}; give a function of samples as error')
     if error is not None:
         check_function("error", error, "error(x, target) -> (B,)")
     for name, value in (("steps", steps), ("batch", batch)):

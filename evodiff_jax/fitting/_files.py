@@ -12,6 +12,7 @@ from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.fitting._fit import Figures, Fitted, Report
 from evodiff_jax.fitting._offsets import Offsets, check_levels, is_variance_optimal
+from evodiff_jax.fitting._packaged import locate
 from evodiff_jax.numerics import is_integer
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.solvers import variance_optimal
@@ -67,11 +68,13 @@ def save(path: str | os.PathLike[str], fitted: Fitted, **card: Any) -> None:
     write_atomically(Path(path), lambda file: file.write(content))
 
 
-def load(path: str | os.PathLike[str], schedule: NoiseSchedule | None = None, *, digest: str | None = None) -> Fitted:
+def load(
+    name_or_path: str | os.PathLike[str], schedule: NoiseSchedule | None = None, *, digest: str | None = None
+) -> Fitted:
     """Reads a fitted plan; no code of the file is run.
 
     Args:
-      path: of a file that `save` wrote.
+      name_or_path: the name of a packaged plan, see `available`, or the path of a file that `save` wrote.
       schedule: the schedule of the model, which the plan's must be; None to leave that unchecked here (`sample` then
         compares it with the denoiser's where it knows that).
       digest: what names the model's weights, as given to `save`; None to leave it unchecked.
@@ -81,13 +84,17 @@ def load(path: str | os.PathLike[str], schedule: NoiseSchedule | None = None, *,
 
     Raises:
       OSError: when the file cannot be read.
-      ValueError: when it is no fitted plan or a damaged one, or is of another schedule or model.
+      ValueError: when no packaged plan has this name, or the file is no fitted plan or a damaged one, or is of another
+        schedule or model.
     """
     if schedule is not None:
         check_schedule(schedule)
     require("safetensors", extra="fit")
     from safetensors import SafetensorError, safe_open
 
+    path = locate(name_or_path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, the file of a fitted plan is needed")
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             text = (file.metadata() or {}).get("evodiff_jax")

@@ -21,9 +21,6 @@ from evodiff_jax.types import check_keys, widest
 RATE = 0.03  # of Adam at the first step; falls to 0 as a cosine
 CHUNKS = 20  # times that the validation error is taken in a fit
 PATIENCE = 10  # validations without a better plan after which a fit ends
-# In units of the start's median error. 0.03 to 3 give the same median (within 18 %) on mixture-2d and mixture-64d in 5
-# calls; root mean squares are the smaller the larger it is, by 5 % and 47 % from 0.03 to 3.
-OFFSET = 1.0
 _STRIDE = 0.2  # of x_T's move at a step, in units of its radius
 
 
@@ -33,12 +30,12 @@ class Figures(NamedTuple):
     Attributes:
       median: the median over samples.
       rms: the root mean square over samples.
-      mean_log: the mean of log(error + the report's `loss_offset`).
+      mean: the mean over samples.
     """
 
     median: float
     rms: float
-    mean_log: float
+    mean: float
 
 
 class Report(NamedTuple):
@@ -52,9 +49,8 @@ class Report(NamedTuple):
       samples: how many of x_T were for training, validation and test.
       steps: steps of the optimizer that were made.
       best_step: after which of them the plan was the best; 0 is the start.
-      loss_offset: the offset of the logarithm, in units of the error.
       teacher_calls: model calls for the teacher's samples, each for one sample.
-      forward_calls: the same without a gradient: of the start on the training part, of validation and test.
+      forward_calls: the same without a gradient: of validation and test.
       gradient_calls: the same with one: each is evaluated and differentiated, about three evaluations' work.
       seconds: the whole time, compilation included.
       interrupted: whether Ctrl-C ended the fit.
@@ -67,7 +63,6 @@ class Report(NamedTuple):
     samples: tuple[int, int, int]
     steps: int
     best_step: int
-    loss_offset: float
     teacher_calls: int
     forward_calls: int
     gradient_calls: int
@@ -120,11 +115,11 @@ def fit(
     teacher: Plan | None = None,
     target: Any = None,
     offsets: Offsets | None = None,
-    loss: str = "log",
+    loss: str = "mean",
     error: Callable[[Any, Any], Any] | None = None,
     optimizer: Any = None,
     steps: int = 400,
-    batch: int = 32,
+    batch: int = 16,
     validation: float = 0.25,
     test: float = 0.25,
     outputs: int = 4,
@@ -149,8 +144,8 @@ def fit(
       target: the teacher's samples of x_T from `converge`, where they are already made; for the report, `teacher`
         is still the plan that made them.
       offsets: where the descent begins, such as those fitted to another model; None for the plan itself.
-      loss: "log", the mean over samples of log(error + offset), offset the start's median error; or
-        "mean_square", which a few samples that end in another mode decide.
+      loss: "mean", the mean over samples of the error; or "mean_square", which a few samples that end in another mode
+        decide.
       error: error(x, target) -> (B,), not negative, such as a distance of features; None for the root mean square
         difference of a sample.
       optimizer: an optax.GradientTransformation; None for Adam with a rate that falls from 0.03 to 0 as a cosine.
@@ -212,7 +207,7 @@ def fit(
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r}")
     batch, error = min(int(batch), parts[0]), _root_mean_square if error is None else error
-    at_a_time = min(4 * batch, sum(parts))  # without a gradient
+    at_a_time = min(8 * batch, sum(parts))  # without a gradient
     taught = 0 if target is not None else int(teacher.calls) * sum(parts)
     if target is None:
         target = converge(denoise, x_T, teacher, params=params, condition=condition, batch=at_a_time)
@@ -231,10 +226,9 @@ def fit(
         for count, last in zip(parts, ends, strict=True)
     )
     of_start = realise(start, start.zeros(), schedule)
-    offset = _offset(errors(of_start, train), target)
 
     def value(xp: Any, errors: Any) -> Any:
-        return xp.mean(xp.log(errors + offset) if loss == "log" else errors**2)
+        return xp.mean(errors if loss == "mean" else errors**2)
 
     def objective(offsets: Offsets, noise: Any, params: Any, data: _Data) -> Any:
         moved = realise(start, offsets, schedule)
@@ -261,6 +255,8 @@ def fit(
         moved = realise(start, begin, schedule)
         candidates.append(_Candidate(0, begin, moved, errors(moved, validate)))
     first = candidates[0]
+    if not np.isfinite(first.errors).any():
+        raise ValueError("no error of the start's samples is finite: the start is unusable, take another solver")
     loss_of = lambda candidate: float(value(np, candidate.errors))
     best = min(candidates, key=lambda candidate: np.nan_to_num(loss_of(candidate), nan=np.inf))
     first_offsets = jax.tree.map(lambda leaf: jnp.asarray(leaf, widest(jax.tree.leaves(x_T))), begin)
@@ -290,16 +286,15 @@ def fit(
         interrupted = True
     calls = int(plan.calls)
     report = Report(
-        start=_figures(errors(of_start, unseen), offset),
-        fitted=_figures(errors(best.plan, unseen), offset),
-        validation_start=_figures(first.errors, offset),
-        validation_fitted=_figures(best.errors, offset),
+        start=_figures(errors(of_start, unseen)),
+        fitted=_figures(errors(best.plan, unseen)),
+        validation_start=_figures(first.errors),
+        validation_fitted=_figures(best.errors),
         samples=parts,
         steps=done,
         best_step=best.step,
-        loss_offset=offset,
         teacher_calls=taught,
-        forward_calls=calls * (parts[0] + (len(candidates) + validations) * parts[1] + 2 * parts[2]),
+        forward_calls=calls * ((len(candidates) + validations) * parts[1] + 2 * parts[2]),
         gradient_calls=calls * batch * done,
         seconds=time.monotonic() - began,
         interrupted=interrupted,
@@ -316,8 +311,8 @@ def fit(
 def _differentiably(denoise: Callable[[Any, Any], Any], x_T: Any, plan: Plan, calls: int, remat: bool) -> Any:
     """`sample`, on CPUs written out call by call.
 
-    XLA's CPU code for the gradient of a convolution inside any loop is four to ten times slower than outside of one
-    (jax issue 12868). Elsewhere the loop compiles in a fraction of the time.
+    XLA's CPU code for the gradient of a convolution is several times slower inside any loop (jax issue 12868).
+    Elsewhere the loop compiles in a fraction of the time.
     """
     if jax.default_backend() != "cpu":
         return sample(denoise, x_T, plan, remat=remat)
@@ -354,20 +349,8 @@ def _mean_square(tree: Any) -> Any:
     return sum(squares) / sum(leaf[0].size for leaf in leaves)
 
 
-def _offset(errors: np.ndarray, target: Any) -> float:
-    """The offset of the logarithm, from the start's errors; above round-off of the samples."""
-    if not np.isfinite(errors).any():
-        raise ValueError("no error of the start's samples is finite: the start is unusable, take another solver")
-    size = max(float(np.sqrt(np.mean(np.square(leaf, dtype=np.float64)))) for leaf in jax.tree.leaves(target))
-    return max(OFFSET * float(np.median(errors[np.isfinite(errors)])), 1e-6 * size, float(np.finfo(np.float32).tiny))
-
-
-def _figures(errors: np.ndarray, offset: float) -> Figures:
-    return Figures(
-        median=float(np.median(errors)),
-        rms=float(np.sqrt(np.mean(errors**2))),
-        mean_log=float(np.mean(np.log(errors + offset))),
-    )
+def _figures(errors: np.ndarray) -> Figures:
+    return Figures(float(np.median(errors)), float(np.sqrt(np.mean(errors**2))), float(np.mean(errors)))
 
 
 def _teller(progress: Any, steps: int) -> tuple[Iterator[int], Callable[[int, float], Any]]:

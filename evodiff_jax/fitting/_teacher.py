@@ -24,7 +24,8 @@ def default_teacher(schedule: NoiseSchedule, plan: Plan, steps: int = STEPS) -> 
     """UniPC of order 3 in equal log-SNR steps between a plan's ends.
 
     A run to sigma = 0 or from alpha = 0, where lambda is infinite, has a last or first step more, from or to 5 beyond
-    the lambda of the plan's time next to it.
+    the lambda of the plan's time next to it. Where the plan ends with the data prediction at its last time
+    (`denoise_to_zero`), the teacher does so too.
 
     Args:
       schedule: the schedule of the plan.
@@ -45,6 +46,9 @@ def default_teacher(schedule: NoiseSchedule, plan: Plan, steps: int = STEPS) -> 
     if not is_integer(steps) or steps < calls:
         raise ValueError(f"a teacher's steps must be an integer of at least the plan's {calls} calls, got {steps!r}")
     times = np.append(concrete_array("the plan's times", plan.table.time)[:calls], float(plan.end))
+    denoised = calls > 1 and times[-2] == times[-1] and plan.table.transition[calls - 1] == 0
+    if denoised:
+        times = times[:-1]
     lambda_ = schedule.levels(times).lambda_
     known = np.isfinite(lambda_)
     inside = lambda_[known] if known.any() else np.zeros(1)
@@ -54,7 +58,8 @@ def default_teacher(schedule: NoiseSchedule, plan: Plan, steps: int = STEPS) -> 
         middle = middle[1:]
     if known[-1]:
         middle = middle[:-1]
-    return lay_out(schedule, np.concatenate([times[:1], middle, times[-1:]]), unipc(3))
+    times = np.concatenate([times[:1], middle, times[-1:]])
+    return lay_out(schedule, times, unipc(3), denoise_to_zero=bool(denoised))
 
 
 def converge(
