@@ -115,6 +115,7 @@ def test_a_comparison_and_what_it_writes(folder, capsys, sampled):
     assert sampled == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_images_is_judged_by_its_pixels(folder, capsys, sampled):
     path = write_model(folder / "tiny.safetensors")
     run = ["compare", "--checkpoint", path, "--solvers", "variance_optimal", "ddim", "--calls", "3", "10"]

@@ -102,6 +102,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_table_of_fids_by_the_inception_network(files, folder, capsys, monkeypatch):
     monkeypatch.setattr(pretrained, "load", _load)
     inception_features, made = evaluation.inception_features, []

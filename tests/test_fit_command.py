@@ -151,6 +151,7 @@ def test_the_samples_aimed_at_are_made_once(made, asked, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in made.folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_what_the_samples_depend_on_is_in_their_name(made, asked, folder):
     run = ["fit", "--checkpoint", made.model, *FEW, "--calls", "2", "--out", "out"]
     changes = ([], ["--seed", "1"], ["--guidance", "2"], ["--class", "3"], ["--dtype", "bfloat16"], ["--noises", "20"])
@@ -199,6 +200,7 @@ def test_damaged_samples_are_not_fitted_to(made, asked, folder, capsys):
     assert_refused(capsys, folder, run, "its shape is (3, 8, 8, 1), not (16, 8, 8, 1)")
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_the_best_plan(made, folder, capsys, monkeypatch):
     fit = fitting.fit
 

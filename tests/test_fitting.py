@@ -114,7 +114,7 @@ def test_constants_stay_exact_and_times_in_order(name, schedule, steps, denoised
     ("name", "schedule"),
     [
         pytest.param("dpm_solver_pp-2", "vp_linear", marks=pytest.mark.slow),
-        ("ipndm-3", "sigma ends at 0"),
+        pytest.param("ipndm-3", "sigma ends at 0", marks=pytest.mark.slow),
         ("unipc-2", "bisected"),
         pytest.param("variance_optimal", "sigma ends at 0", marks=pytest.mark.slow),
     ],
@@ -228,6 +228,7 @@ def test_weights_and_samples_of_the_teacher_can_be_given(fitted):
         fit(target=np.where(np.arange(384)[:, None] == 7, np.nan, target))
 
 
+@pytest.mark.slow
 def test_noise_that_may_move_comes_nearer_to_the_target():
     """The training loss falls below that without, and the noise stays within its radius."""
     from evodiff_jax.fitting import _fit

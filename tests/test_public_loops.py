@@ -77,7 +77,8 @@ def edm_steps(loop):
     return np.append(ed.grids.karras(loop.model(stored=np.float32).schedule, loop.arguments["num_steps"] - 1), 0.0)
 
 
-@pytest.mark.parametrize("name", ["edm_heun_18", pytest.param("vp_heun_edm_steps_12", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["edm_heun_18", "vp_heun_edm_steps_12"])
 def test_edm_heun(name):
     loop = Loop(name)
     check(loop, *run_in_float64(loop, EDM, edm_steps(loop), ed.solvers.heun()))
@@ -155,7 +156,8 @@ def guided_diffusion(loop):
     return model, denoise, dataclasses.replace(model.schedule, t_min=-1.0), log_prob
 
 
-@pytest.mark.parametrize("name", [pytest.param("adm_ddim10", marks=pytest.mark.slow), "adm_ddim10_guided"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adm_ddim10", "adm_ddim10_guided"])
 def test_ddim(name):
     loop = Loop(name)
     _, denoise, schedule, log_prob = guided_diffusion(loop)
@@ -169,7 +171,8 @@ def test_ddim(name):
     np.testing.assert_allclose(x, networks.nhwc(loop.stored["out32"]), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("adm_ancestral_8", marks=pytest.mark.slow), "adm_ancestral_8_guided"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adm_ancestral_8", "adm_ancestral_8_guided"])
 def test_ancestral_sampling_with_a_predicted_variance(name):
     loop = Loop(name)
     model, _, schedule, log_prob = guided_diffusion(loop)
