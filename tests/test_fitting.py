@@ -303,7 +303,8 @@ def test_conditions_go_with_their_samples():
 def test_states_that_are_pytrees_errors_and_losses_of_ones_own():
     both = lambda x, t: {"a": DENOISE(x["a"], t), "b": DENOISE(x["b"], t)}
     x_T = {"a": NOISE[:96], "b": NOISE[96:192]}
-    of_a = lambda x, target: jnp.max(jnp.abs(x["a"] - target["a"]), axis=1)
+    # Not the maximum: where XLA computes it twice with other round-off, its gradient divides by no entries, 0 / 0.
+    of_a = lambda x, target: jnp.mean(jnp.abs(x["a"] - target["a"]), axis=1)
     result = fit(denoise=both, x_T=x_T, error=of_a, loss="mean_square", batch=1000)
     assert result.report.samples == (48, 24, 24)
     assert result.report.gradient_calls == 5 * 48 * result.report.steps
