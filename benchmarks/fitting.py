@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from quality import PROBLEMS, facts
 
 import evodiff_jax as ed
 from evodiff_jax import evaluation, fitting
 from evodiff_jax.evaluation import Problem
-from evodiff_jax.evaluation.metrics import frechet_distance_to
+from evodiff_jax.evaluation._results import converged_distance
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.solvers import FORMS
@@ -66,11 +65,11 @@ def settings_of(problem: Problem) -> Settings:
     return NETWORK if problem.noise.shape[1:-1] else EXACT
 
 
-def task_of(name: str, store: Path, settings: Settings | None = None) -> Task:
+def task_of(name: str, store: Path) -> Task:
     """The task of a model; its converged samples are kept in the store."""
     samples, make = PROBLEMS[name]
     problem = make(samples, store)
-    settings = settings or settings_of(problem)
+    settings = settings_of(problem)
     deviation = float(problem.schedule.sigma(problem.schedule.t_max))
     shape = (settings.noises, *problem.noise.shape[1:])
     noise = np.float32(deviation) * np.random.default_rng(settings.seed).standard_normal(shape, np.float32)
@@ -136,16 +135,8 @@ def fitted(task: Task, calls: int, name: str = "", solver: str = START, grid: st
 
 def judge(problem: Problem, plan: ed.Plan, store: Path) -> tuple[float, ...]:
     """Frechet distance, median and root mean square error of a plan's samples from the problem's noise."""
-    exact = evaluation.converged(problem, store)
-    run = jax.jit(evaluation.program(lambda params, condition: lambda x, t: problem.denoise(params, x, t, condition)))
-    made = []
-    for i in range(0, len(exact), problem.batch):
-        x_T, condition = jax.tree.map(lambda leaf: leaf[i : i + problem.batch], (problem.noise, problem.condition))  # noqa: B023
-        made.append(np.asarray(run(problem.params, jnp.asarray(x_T), condition, None, plan)))
-    x = np.concatenate(made)
-    error = np.sqrt(np.mean(np.square(x - exact).reshape(len(x), -1), axis=1))
-    frechet = frechet_distance_to(problem.data)(problem.features(x))
-    return float(frechet), float(np.median(error)), float(np.sqrt(np.mean(error**2)))
+    (result,) = evaluation.compare(problem, {}, (), store, {}, plans={"plan": plan})
+    return tuple(float(getattr(result, name).value) for name in FIGURES)
 
 
 def training_free(problem: Problem, calls: Sequence[int], store: Path) -> dict[int, tuple[float, ...]]:
@@ -191,8 +182,7 @@ def main() -> None:
         task = task_of(name, args.store)
         problem = task.problem
         free[name] = training_free(problem, counts, args.store)
-        exact = evaluation.converged(problem, args.store)
-        floor[name] = float(frechet_distance_to(problem.data)(problem.features(exact)))
+        floor[name] = float(converged_distance(problem, args.store).value)
         for calls in args.calls:
             if args.stored and not path_of(task, calls).exists():
                 continue

@@ -30,6 +30,7 @@ from quality import PROBLEMS
 import evodiff_jax as ed
 from evodiff_jax import fitting
 from evodiff_jax.evaluation.data import load_fashion_mnist
+from evodiff_jax.evaluation.metrics import trajectory_errors
 from evodiff_jax.fitting import Offsets
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.solvers import FORMS
@@ -123,7 +124,7 @@ def errors(task: Task, plan: ed.Plan) -> np.ndarray:
     condition = None if task.condition is None else task.condition[:count]
     run = jax.jit(lambda x, plan: ed.sample(lambda x, t: problem.denoise(problem.params, x, t, condition), x, plan))
     x = np.asarray(run(task.noise, plan))
-    return np.sqrt(np.mean(np.square(x - task.target).reshape(count, -1), axis=1))
+    return trajectory_errors(x, task.target)
 
 
 def radius(models: Sequence[str], calls: int, store: Path) -> None:

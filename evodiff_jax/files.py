@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,21 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+def packaged_or_path(kind: str, name_or_path: str | os.PathLike[str], packaged: Mapping[str, Path]) -> Path:
+    """The file of a packaged name, or the given path.
+
+    Raises:
+      ValueError: it is neither a packaged name nor, by its looks, a path.
+    """
+    name = os.fspath(name_or_path)
+    if name in packaged:
+        return packaged[name]
+    if os.sep in name or Path(name).suffix or Path(name).exists():
+        return Path(name)
+    known = ", ".join(packaged) or "none"
+    raise ValueError(f"no packaged {kind} {name!r}; there are: {known}; or pass the path of a file")
 
 
 def check_writable(path: Path) -> None:

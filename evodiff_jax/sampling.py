@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from evodiff_jax import kernel
 from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, is_integer, on_host
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
-from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, pad
+from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, denoises_to_zero, pad
 from evodiff_jax.types import (
     Denoiser,
     Hook,
@@ -405,11 +405,9 @@ def _run(
         carry, done = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), carry, chunked)
     x = carry.x
     if on_state is not None:
-        last = run.calls - 1
-        denoised = (run.table.time[last] == run.end) & (run.table.transition[last] == 0).all()
         _, keys = (None, None) if key is None else _row_keys(key, run.calls)
         hooked = lambda x: _hooked(x, run.end, jnp.asarray(-1), keys, on_state)
-        x = jax.lax.cond(denoised, lambda x: x, hooked, x)
+        x = jax.lax.cond(denoises_to_zero(run), lambda x: x, hooked, x)
     return x, done, run
 
 

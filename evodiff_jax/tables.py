@@ -227,6 +227,12 @@ def _check_constants(name: str, table: Table, schedule: NoiseSchedule, end: Any)
             )
 
 
+def denoises_to_zero(plan: Plan) -> Any:
+    """Whether the plan's last row is that of `append_denoising`; traced where the plan is."""
+    last = plan.calls - 1
+    return (plan.table.time[last] == plan.end) & (plan.table.transition[last] == 0).all()
+
+
 def append_denoising(table: Table, t: Any) -> Table:
     """Adds the row that replaces the final state by its data prediction at time `t`, in which a rule has no part."""
     xp = namespace(t, table.time)

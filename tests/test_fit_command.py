@@ -25,6 +25,7 @@ from evodiff_jax.cli import fit as cli_fit
 from evodiff_jax.cli import main, plans
 from evodiff_jax.cli import sample as cli_sample
 from evodiff_jax.evaluation import _document, _plots, _report, _results, _runs
+from evodiff_jax.tables import denoises_to_zero
 
 FEW = ["--noises", "16", "--steps", "20", "--batch", "4", "--teacher-steps", "8"]
 EDM = ed.schedules.edm()
@@ -346,9 +347,9 @@ def test_a_plan_comes_with_its_last_call(made, unsampled, folder, capsys):
     run = ["sample", "--checkpoint", made.model, "--num", "2", "--denoise-to-zero", "--plan"]
     assert_refused(capsys, folder, [*run, made.plan], "argument --denoise-to-zero: not with --plan")
     fitted = fitting.load(made.plan)
-    assert not plans.denoises_to_zero(fitted)
+    assert not denoises_to_zero(fitted.plan)
     ending = ed.plan(EDM, ed.grids.log_snr(EDM, 2), ed.solvers.ddim(), denoise_to_zero=True, max_calls=5)
-    assert plans.denoises_to_zero(fitted._replace(plan=ending))
+    assert denoises_to_zero(ending)
     fitting.save("zero.safetensors", fitted._replace(plan=ending))
     assert main([*run, "zero.safetensors"]) == 0
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from evodiff_jax import fitting, interrupts
 from evodiff_jax.schedules import NoiseSchedule
 
@@ -47,12 +45,6 @@ def origin(fitted: Fitted) -> str:
     card = fitted.card
     grid = f" on the {card['grid']} grid" if "grid" in card else ""
     return f"fitted from {card.get('solver', 'an unknown solver')}{grid}"
-
-
-def denoises_to_zero(fitted: Fitted) -> bool:
-    """Whether the plan ends with the data prediction at its last time."""
-    table, last = fitted.plan.table, int(fitted.plan.calls) - 1
-    return last > 0 and table.time[last] == fitted.plan.end and not np.any(table.transition[last])
 
 
 def warn_of_guidance(name: str, fitted: Fitted, settings: Mapping[str, Any]) -> None:

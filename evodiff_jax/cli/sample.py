@@ -14,13 +14,13 @@ import numpy as np
 from evodiff_jax.cli.arguments import integer
 from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_output, make_picture
-from evodiff_jax.cli.plans import denoises_to_zero, origin, read_plan, warn_of_guidance
+from evodiff_jax.cli.plans import origin, read_plan, warn_of_guidance
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan
 from evodiff_jax.solvers import FORMS
-from evodiff_jax.tables import Plan
+from evodiff_jax.tables import Plan, denoises_to_zero
 
 _MAX_IMAGES = 50_000  # the picture of more would be too large for common viewers
 _MAX_STEPS = 1_000
@@ -82,7 +82,7 @@ def run_sample(args: argparse.Namespace) -> None:
     require("tqdm", "PIL", extra="models")
     from evodiff_jax import evaluation
 
-    if args.plan is not None and not denoises_to_zero(read_plan("--plan", args.plan)) and args.denoise_to_zero:
+    if args.plan is not None and not denoises_to_zero(read_plan("--plan", args.plan).plan) and args.denoise_to_zero:
         raise ValueError("argument --denoise-to-zero: not with --plan, and this plan was fitted without")
     guided = load_guided(args)
     model, batch = guided.model, min(args.batch, args.num)

@@ -25,7 +25,7 @@ from evodiff_jax import quadrature
 from evodiff_jax.numerics import concrete_array, is_integer, namespace
 from evodiff_jax.schedules import Levels, NoiseSchedule, SomeLevels, check_schedule, some_levels
 from evodiff_jax.solvers import _variance_optimal
-from evodiff_jax.tables import Plan, Rule, Table, append_denoising, pad
+from evodiff_jax.tables import Plan, Rule, Table, append_denoising, denoises_to_zero, pad
 
 _MOST = 4.0  # |offset| of log h that is approached and never reached: increments grow or shrink by e^4 = 55 at most
 _MOST_SHIFT = 2.0  # the same of lambda
@@ -101,7 +101,7 @@ def start_of(plan: Plan, schedule: NoiseSchedule, *, outputs: int = 4) -> Start:
     calls = int(plan.calls)
     table: Table = jax.tree.map(lambda column: concrete_array("the plan's table", column)[:calls], plan.table)
     end = float(plan.end)
-    if calls > 1 and table.time[-1] == end and table.transition[-1] == 0:  # the row of denoise_to_zero
+    if denoises_to_zero(plan):
         table = jax.tree.map(lambda column: column[:-1], table)
     times = np.append(table.time, end)
     if not (np.diff(times) < 0).all():

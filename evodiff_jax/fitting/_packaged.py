@@ -4,6 +4,8 @@ import os
 from importlib import resources
 from pathlib import Path
 
+from evodiff_jax.files import packaged_or_path
+
 _SUFFIX = ".safetensors"
 
 
@@ -19,13 +21,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: it is neither a packaged name nor, by its looks, a path.
     """
-    name = os.fspath(name_or_path)
-    if name in available():
-        return _plans() / f"{name}{_SUFFIX}"
-    if os.sep in name or Path(name).suffix or Path(name).exists():
-        return Path(name)
-    known = ", ".join(available()) or "none"
-    raise ValueError(f"no packaged plan {name!r}; there are: {known}; or pass the path of a file")
+    return packaged_or_path("plan", name_or_path, {name: _plans() / f"{name}{_SUFFIX}" for name in available()})
 
 
 def _plans() -> Path:

@@ -13,7 +13,7 @@ from evodiff_jax.sampling import plan as lay_out
 from evodiff_jax.sampling import sample
 from evodiff_jax.schedules import NoiseSchedule, check_schedule, made_of
 from evodiff_jax.solvers import unipc
-from evodiff_jax.tables import Plan
+from evodiff_jax.tables import Plan, denoises_to_zero
 from evodiff_jax.types import batch_size, check_function, check_state
 
 STEPS = 100
@@ -46,7 +46,7 @@ def default_teacher(schedule: NoiseSchedule, plan: Plan, steps: int = STEPS) -> 
     if not is_integer(steps) or steps < calls:
         raise ValueError(f"a teacher's steps must be an integer of at least the plan's {calls} calls, got {steps!r}")
     times = np.append(concrete_array("the plan's times", plan.table.time)[:calls], float(plan.end))
-    denoised = calls > 1 and times[-2] == times[-1] and plan.table.transition[calls - 1] == 0
+    denoised = denoises_to_zero(plan)
     if denoised:
         times = times[:-1]
     lambda_ = schedule.levels(times).lambda_

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from evodiff_jax.files import packaged_or_path
 from evodiff_jax.preconditioning import precondition
 from evodiff_jax.pretrained import checkpoint
 from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
@@ -170,13 +171,8 @@ def locate(name_or_path: str | os.PathLike[str], ending: str = "") -> Path:
     Raises:
       ValueError: it is neither a packaged name nor, by its looks, a path.
     """
-    name = os.fspath(name_or_path)
-    if name in _packaged(ending):
-        return _weights() / f"{name}{ending}{_SUFFIX}"
-    if os.sep in name or Path(name).suffix or Path(name).exists():
-        return Path(name)
-    known = ", ".join(_packaged(ending)) or "none"
-    raise ValueError(f"no packaged model {name!r}; there are: {known}; or pass the path of a file")
+    packaged = {name: _weights() / f"{name}{ending}{_SUFFIX}" for name in _packaged(ending)}
+    return packaged_or_path("model", name_or_path, packaged)
 
 
 def _read_config(cls: Any, settings: dict[str, Any], path: Path) -> Any:
