@@ -60,6 +60,17 @@ def test_negative_conditions_push_the_other_way():
     np.testing.assert_allclose(x, 3 * network(X, 0.0, CONDITION), rtol=1e-5)
 
 
+def test_channels_beyond_those_guided_are_conditional():
+    guided = classifier_free_guidance(network, CONDITION, NULL, 3.0)(X, 1.0)
+    partly = classifier_free_guidance(network, CONDITION, NULL, 3.0, channels=1)(X, 1.0)
+    np.testing.assert_array_equal(partly[..., :1], guided[..., :1])
+    np.testing.assert_array_equal(partly[..., 1:], network(X, 1.0, CONDITION)[..., 1:])
+    away = classifier_free_guidance(network, CONDITION, NULL, 0, channels=1)(X, 1.0)
+    np.testing.assert_array_equal(away[..., 1:], network(X, 1.0, CONDITION)[..., 1:])
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+        classifier_free_guidance(network, CONDITION, NULL, 3.0, channels=0)
+
+
 def test_rescaled_guidance_is_that_of_the_paper():
     x = formula(3.5)
     std = lambda a: np.std(a, axis=1, keepdims=True)

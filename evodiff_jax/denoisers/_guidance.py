@@ -24,6 +24,7 @@ def classifier_free_guidance(
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
     schedule: NoiseSchedule | None = None,
+    channels: int | None = None,
 ) -> Denoiser:
     """Guides a conditional denoiser away from its unconditional prediction (Ho & Salimans 2022, arXiv 2207.12598).
 
@@ -45,6 +46,8 @@ def classifier_free_guidance(
       interval: the noise levels (low, high] of sigma / alpha in which to guide (Kynkäänniemi et al., arXiv
         2404.07724); outside them the conditional prediction is used. The network then stands twice in the program.
       schedule: the schedule, for `interval`.
+      channels: how many entries of the last axis to guide, the others being conditional, as the release of DiT guides
+        three of four (Peebles & Xie, arXiv 2212.09748); None for all.
 
     Returns:
       denoise(x, t), of the structure, shapes and dtypes of x.
@@ -52,14 +55,16 @@ def classifier_free_guidance(
     Raises:
       TypeError: when a condition is missing, or the scale is not a number or array of numbers.
       ValueError: when the two conditions differ in structure, shapes or dtypes, the scale is not finite, rescale is
-        not from 0 to 1, or the interval is not 0 <= low < high or comes without a schedule; when called, when the
-        conditions or scales are not as many as the samples.
+        not from 0 to 1, the interval is not 0 <= low < high or comes without a schedule, or channels is below 1; when
+        called, when the conditions or scales are not as many as the samples.
     """
     check_function("fn", fn, "fn(x, t, condition) -> x_0")
     _check_conditions(condition, null_condition)
     _check_scale(scale)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be from 0 to 1, got {rescale}")
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
     if schedule is not None:
         check_schedule(schedule)
     _check_interval(interval, schedule)
@@ -90,6 +95,8 @@ def classifier_free_guidance(
             result = away + scale * (towards - away)
             if rescale:
                 result = result * (1 - rescale + rescale * _std_ratio(towards, result))
+            if channels is not None:
+                result = jnp.concatenate([result[..., :channels], towards[..., channels:]], axis=-1)
             return result.astype(like.dtype)
 
         return jax.tree.map(combine, *pair(x, t), scales, x)
@@ -98,7 +105,7 @@ def classifier_free_guidance(
     known = isinstance(scale, int | float | np.number)
     if known and scale == 1:
         return checked(conditional)
-    inside = null if known and scale == 0 and not rescale else guided
+    inside = null if known and scale == 0 and not rescale and channels is None else guided
     if interval is None or schedule is None:
         return checked(inside)
     check_same_schedule(fn, some_levels(schedule), "the schedule given for the interval")

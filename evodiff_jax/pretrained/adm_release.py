@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from evodiff_jax.pretrained.adm import EncoderUNetModel, UNetModel
-from evodiff_jax.pretrained.states import Network, Origin, apply, check_arguments
+from evodiff_jax.pretrained.states import Network, Origin, apply, check_arguments, floats, integers
 from evodiff_jax.schedules import cosine_betas, discrete, linear_betas
 
 ORIGIN = Origin("openai/guided-diffusion", "MIT")
@@ -92,13 +92,13 @@ def build(cls: str, arguments: Mapping[str, Any], dtype: Any) -> Network:
     module = check_arguments(classes[cls], given, cls)(dtype=dtype)
     _check(module, cls)
     size = module.image_size
-    x = (1, size, size, module.in_channels)
-    inputs: dict[str, tuple[int, ...]] = {"x": x, "timesteps": (1,)}
-    found = Network(module, inputs, x[1:], 0, ORIGIN, RENAMED, schedule=discrete(betas), uint8="guided_diffusion")
+    shape = (size, size, module.in_channels)
+    inputs = {"x": floats(1, *shape), "timesteps": floats(1)}
+    found = Network(module, inputs, shape, 0, ORIGIN, RENAMED, schedule=discrete(betas), uint8="guided_diffusion")
     if isinstance(module, EncoderUNetModel):
         return found._replace(num_classes=module.out_channels, prediction="class")
     if module.num_classes:
-        inputs["y"] = (1,)
+        inputs["y"] = integers(1)
     return found._replace(num_classes=module.num_classes, prediction="epsilon", predict=_epsilon)
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from evodiff_jax.numerics import at_least_float32
 
+_MOST_BYTES = 2**30  # of the weights of attention at a time
+
 
 def conv(features: int, size: int, dtype: Any, name: str, stride: int = 1) -> nn.Conv:
     """A square convolution with zero padding of size // 2 on each side, as PyTorch's `padding=size // 2` has it."""
@@ -45,10 +47,57 @@ def attention(qkv: jax.Array, heads: int, order: str) -> jax.Array:
     sizes = {"heads": heads, "qkv": 3, "channels": qkv.shape[-1] // (3 * heads)}
     apart = qkv.reshape(*qkv.shape[:2], *(sizes[axis] for axis in axes))
     q, k, v = (jnp.take(apart, i, axis=2 + axes.index("qkv")) for i in range(3))
-    if qkv.dtype == jnp.float64:  # of which JAX's own takes the softmax in float32
-        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1]))
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*qkv.shape[:2], -1)
-    return jax.nn.dot_product_attention(q, k, v).reshape(*qkv.shape[:2], -1)
+    return attend(q, k, v).reshape(*qkv.shape[:2], -1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
+    """Attention, softmax(q k^T / sqrt(d)) v, with the softmax in float32 at least.
+
+    On GPUs of compute capability 8 and more, half precision goes through cuDNN's flash attention. Elsewhere the
+    weights of all queries are formed at once as long as they take at most 1 GiB, and of a part of the queries after
+    another where they would take more.
+
+    Args:
+      q: (B, T, heads, d), the queries.
+      k: (B, S, heads, d), the keys.
+      v: (B, S, heads, d), the values.
+      causal: whether a query attends only to the positions up to its own.
+
+    Returns:
+      (B, T, heads, d).
+    """
+    if _flash(q):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    batch, queries, heads, width = q.shape
+    wide = at_least_float32(q.dtype)
+    parts = _parts(queries, batch * heads * k.shape[1] * jnp.dtype(wide).itemsize)
+    if parts == 1 or causal:
+        return _attend(q, k, v, causal)
+    apart = jnp.moveaxis(q.reshape(batch, parts, queries // parts, heads, width), 1, 0)
+    return jnp.moveaxis(jax.lax.map(lambda some: _attend(some, k, v, False), apart), 0, 1).reshape(q.shape)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])  # JAX's own takes the softmax in float32
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+
+def _parts(queries: int, bytes_each: int) -> int:
+    """Into how many equal parts the queries are cut, the fewest whose weights are small enough."""
+    fits = lambda parts: queries % parts == 0 and queries // parts * bytes_each <= _MOST_BYTES
+    return next((parts for parts in range(1, queries) if fits(parts)), queries)
+
+
+def _flash(q: jax.Array) -> bool:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "0")).split(".")[0]
+    return device.platform == "gpu" and capability.isdecimal() and int(capability) >= 8
 
 
 def sinusoids(t: jax.Array, frequencies: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:

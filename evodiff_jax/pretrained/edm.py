@@ -20,7 +20,7 @@ import numpy as np
 from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.preconditioning import Coefficients, coefficients
 from evodiff_jax.pretrained.edm_networks import DhariwalUNet, SongUNet
-from evodiff_jax.pretrained.states import Network, Origin, apply, check_arguments
+from evodiff_jax.pretrained.states import Network, Origin, apply, check_arguments, floats, integers
 from evodiff_jax.schedules import edm
 
 ORIGIN = Origin("NVlabs/edm", "CC BY-NC-SA 4.0, for non-commercial use")
@@ -88,9 +88,9 @@ def build(cls: str, arguments: Mapping[str, Any], dtype: Any) -> Network:
     """
     if cls in _NETWORKS:
         module = _network(cls, arguments, cls, dtype)
-        x = (1, module.img_resolution, module.img_resolution, module.in_channels)
-        inputs = {"x": x, "noise_labels": (1,), "labels": (1,)}
-        return Network(module, inputs, x[1:], module.label_dim, ORIGIN, RENAMED, UNUSED)
+        shape = (module.img_resolution, module.img_resolution, module.in_channels)
+        inputs = {"x": floats(1, *shape), "noise_labels": floats(1), "labels": integers(1)}
+        return Network(module, inputs, shape, module.label_dim, ORIGIN, RENAMED, unused=UNUSED)
     if cls not in _KINDS:
         known = ", ".join([*_KINDS, *_NETWORKS])
         raise ValueError(f"unknown class {cls!r} of family 'edm'; known: {known}")
@@ -120,7 +120,7 @@ def build(cls: str, arguments: Mapping[str, Any], dtype: Any) -> Network:
     shape = (resolution, resolution, channels)
     return Network(
         module=Preconditioned(cls, constants, network),
-        inputs={"x": (1, *shape), "sigma": (1,), "labels": (1,)},
+        inputs={"x": floats(1, *shape), "sigma": floats(1), "labels": integers(1)},
         image_shape=shape,
         num_classes=network.label_dim,
         origin=ORIGIN,

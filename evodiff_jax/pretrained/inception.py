@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from evodiff_jax.pretrained.states import Network, Origin, check_arguments
+from evodiff_jax.pretrained.states import Network, Origin, check_arguments, integers
 
 ORIGIN = Origin("mseitzer/pytorch-fid", "Apache-2.0")
 FEATURES = 2048  # of "pool3"
@@ -228,4 +228,4 @@ def build(cls: str, arguments: Mapping[str, Any], dtype: Any) -> Network:
         raise ValueError(f"unknown class {cls!r} of family 'inception'; known: InceptionV3")
     module = check_arguments(InceptionV3, arguments, cls)(dtype=dtype)
     shape = (_SIZE, _SIZE, 3)
-    return Network(module, {"images": (1, *shape)}, shape, 0, ORIGIN, unused=UNUSED, prediction="features")
+    return Network(module, {"images": integers(1, *shape)}, shape, 0, ORIGIN, unused=UNUSED, prediction="features")

@@ -120,6 +120,41 @@ class Model(NamedTuple):
         """
         return apply(self.module, params, **inputs)
 
+    def encode(self, params: Any, image: Any) -> jax.Array:
+        """The moments of an autoencoder's latents: mean and logarithm of the variance, before it is limited.
+
+        Args:
+          params: the parameters, usually `model.params`.
+          image: (B, H, W, C) from -1 to 1; the sides are multiples of the autoencoder's factor.
+
+        Returns:
+          (B, H / factor, W / factor, 2 L), the means in the first L channels.
+
+        Raises:
+          ValueError: the network is no autoencoder, or the image is of another size.
+        """
+        return apply(self._autoencoder(), params, method="encode", image=image)
+
+    def decode(self, params: Any, latent: Any) -> jax.Array:
+        """The images of an autoencoder's latents, as they come from `encode`, without a scaling factor.
+
+        Args:
+          params: the parameters, usually `model.params`.
+          latent: (B, H, W, L).
+
+        Returns:
+          (B, factor H, factor W, C), from about -1 to 1.
+
+        Raises:
+          ValueError: the network is no autoencoder.
+        """
+        return apply(self._autoencoder(), params, method="decode", latent=latent)
+
+    def _autoencoder(self) -> nn.Module:
+        if not hasattr(self.module, "decode"):
+            raise ValueError(f"{self.name} ({self.cls}) is no autoencoder")
+        return self.module
+
     def denoiser(self, params: Any, label: Any = None, guidance: Any = 1.0) -> Denoiser:
         """Returns denoise(x, t) for `evodiff_jax.sample`, at the times of `schedule`.
 
@@ -151,7 +186,7 @@ class Model(NamedTuple):
             return denoise
         label = self._checked(label)
         null = label if self.null_class is None else jnp.full_like(label, self.null_class)
-        return classifier_free_guidance(denoise, label, null, guidance)
+        return classifier_free_guidance(denoise, label, null, guidance, channels=self.network.guided_channels)
 
     def log_prob(self, params: Any, label: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The classifier as `denoisers.classifier_guidance` takes it.

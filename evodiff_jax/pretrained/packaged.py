@@ -16,7 +16,7 @@ from evodiff_jax.preconditioning import precondition
 from evodiff_jax.pretrained import checkpoint
 from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, ClassifierOutput, apply_classifier
 from evodiff_jax.pretrained.model import Model, digest_of
-from evodiff_jax.pretrained.states import Network, Origin
+from evodiff_jax.pretrained.states import Network, Origin, floats, integers
 from evodiff_jax.pretrained.unet import UNet, UNetConfig, apply_unet
 from evodiff_jax.schedules import edm
 
@@ -102,19 +102,14 @@ def load_model(path: Path, name: str, dtype: str = "float32") -> Model:
     if not isinstance(sigma_data, float) or not sigma_data > 0:
         raise ValueError(f"{path} states no sigma_data; train anew or pass another file")
     config = _read_config(UNetConfig, settings | {"dtype": dtype}, path)
-    shapes = {"x": (1, *config.image_shape), "c_noise": (1,), "label": (1,)}
-    arguments = (
-        jax.ShapeDtypeStruct(shapes["x"], jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+    inputs = {"x": floats(1, *config.image_shape), "c_noise": floats(1), "label": integers(1)}
 
     def predict(_: Any, params: Any, x: jax.Array, sigma: jax.Array, label: jax.Array) -> jax.Array:
         return apply_denoiser(config, sigma_data, params, x, sigma, label)
 
     network = Network(
         module=UNet(config),
-        inputs=shapes,
+        inputs=inputs,
         image_shape=config.image_shape,
         num_classes=config.num_classes,
         origin=_ORIGIN,
@@ -123,7 +118,7 @@ def load_model(path: Path, name: str, dtype: str = "float32") -> Model:
         predict=predict,
         null_class=config.num_classes,
     )
-    params = _restore_params(UNet(config), arguments, found, path)
+    params = _restore_params(UNet(config), tuple(inputs.values()), found, path)
     return Model(name, "UNet", network, params, digest_of(path), found.card)
 
 
@@ -143,7 +138,7 @@ def load_classifier(name_or_path: str | os.PathLike[str] = "fashion_mnist") -> I
     path = locate(name_or_path, _CLASSIFIER)
     found = checkpoint.load(path, kind="classifier")
     config = _read_config(ClassifierConfig, found.config, path)
-    arguments = (jax.ShapeDtypeStruct((1, *config.image_shape), jnp.float32),)
+    arguments = (floats(1, *config.image_shape),)
     params = _restore_params(Classifier(config), arguments, found, path)
     return ImageClassifier(config, params, Path(name_or_path).stem, found.card)
 

@@ -46,31 +46,47 @@ class Network(NamedTuple):
 
     Attributes:
       module: called with the inputs of the original by name.
-      inputs: the shapes of these for a batch of one.
+      inputs: the shapes and dtypes of these for a batch of one, of `floats` and `integers`.
       image_shape: (H, W, C) of a sample.
       num_classes: 0 for an unconditional network.
       origin: source and licence.
       renamed: from a parameter's path, joined by ".", to its original name.
+      aliases: from other names that original files use to that name.
       unused: patterns of original names that the module does without.
+      stored: the type that kernels and tables are kept in, None for float32, or float64 where the file's are.
       schedule: the noise schedule; None for a network that is no diffusion model, or not by itself.
       prediction: what the network predicts, as for `denoisers.from_prediction`, or "class" or "features".
       predict: predict(module, params, x, t, label) -> the prediction for x (B, H, W, C), t (B,) and label (B,) or None.
       null_class: the label of no class, None where the network has none.
+      guided_channels: how many of the channels guidance acts on, None for all.
       uint8: the conversion of samples to bytes that the release uses, see `evaluation.to_uint8`.
     """
 
     module: nn.Module
-    inputs: dict[str, tuple[int, ...]]
+    inputs: dict[str, Any]
     image_shape: tuple[int, int, int]
     num_classes: int
     origin: Origin
     renamed: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    stored: Any = None
     schedule: NoiseSchedule | None = None
     prediction: str = ""
     predict: Callable[[nn.Module, Any, jax.Array, jax.Array, Any], Any] | None = None
     null_class: int | None = None
+    guided_channels: int | None = None
     uint8: str = "diffusers"
+
+
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an input of real numbers."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an input of integers."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def check_arguments(cls: Any, arguments: Mapping[str, Any], of: str) -> Any:
@@ -109,16 +125,19 @@ def check_arguments(cls: Any, arguments: Mapping[str, Any], of: str) -> Any:
     return made
 
 
-def apply(module: nn.Module, params: Any, **inputs: Any) -> Any:
-    """Evaluates a module with the inputs of the original by name; those that are None are left out.
+def apply(module: nn.Module, params: Any, *, method: str = "__call__", **inputs: Any) -> Any:
+    """Evaluates a method of a module with the inputs of the original by name; those that are None are left out.
 
     With a float64 parameter, floating-point inputs are widened too.
     """
     wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
-    given: dict[str, Any] = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
-    floating = lambda value: jnp.issubdtype(value.dtype, jnp.floating)
-    given = {name: value.astype(jnp.float64) if wide and floating(value) else value for name, value in given.items()}
-    return module.apply({"params": params}, **given)
+
+    def widened(value: Any) -> jax.Array:
+        value = jnp.asarray(value)
+        return value.astype(jnp.float64) if wide and jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    given = {name: jax.tree.map(widened, value) for name, value in inputs.items() if value is not None}
+    return module.apply({"params": params}, **given, method=method)
 
 
 def original_shapes(network: Network) -> dict[str, tuple[int, ...]]:
@@ -135,14 +154,16 @@ def restore(network: Network, arrays: Mapping[str, Any], of: str) -> Any:
       of: the class, for messages.
 
     Returns:
-      The parameters, float32, or float64 where an array is and JAX has it enabled.
+      The parameters, float32, or float64 where an array is and JAX has it enabled; kernels and tables of the
+      network's `stored` where it has such.
 
     Raises:
       ValueError: as `check`.
     """
     expected, structure = _expected(network)
+    arrays = _by_known_names(network, arrays, of)
     _check(expected, network.unused, arrays, of)
-    leaves = [_converted(path, arrays[name]) for path, name, _ in expected]
+    leaves = [_converted(path, arrays[name], network.stored) for path, name, _ in expected]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -152,7 +173,19 @@ def check(network: Network, arrays: Mapping[str, Any], of: str) -> None:
     Raises:
       ValueError: an array is missing, left over, of another shape, or not floating-point.
     """
-    _check(_expected(network)[0], network.unused, arrays, of)
+    _check(_expected(network)[0], network.unused, _by_known_names(network, arrays, of), of)
+
+
+def _by_known_names(network: Network, arrays: Mapping[str, Any], of: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, array in arrays.items():
+        known = name
+        for pattern, replacement in network.aliases:
+            known = re.sub(pattern, replacement, known)
+        if known in found:
+            raise ValueError(f"{of} has the array {known} twice, once under another name")
+        found[known] = array
+    return found
 
 
 def _check(expected: Sequence[tuple[str, str, Any]], unused: Sequence[str], arrays: Mapping[str, Any], of: str) -> None:
@@ -172,13 +205,9 @@ def _check(expected: Sequence[tuple[str, str, Any]], unused: Sequence[str], arra
 
 def _expected(network: Network) -> tuple[list[tuple[str, str, Any]], Any]:
     """Path, original name and shape of every parameter, in the order of the tree, and the tree's structure."""
-    integer = {"labels", "y", "images"}
-    inputs = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32 if name in integer else jnp.float32)
-        for name, shape in network.inputs.items()
-    }
+    initialised = lambda inputs: network.module.init(jax.random.key(0), **inputs)
     try:
-        template = jax.eval_shape(lambda inputs: network.module.init(jax.random.key(0), **inputs), inputs)["params"]
+        template = jax.eval_shape(initialised, network.inputs)["params"]
     except (ValueError, TypeError, ZeroDivisionError, FlaxError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"no {type(network.module).__name__} can have these settings: {reason}") from error
@@ -197,8 +226,10 @@ def _original_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[-1], shape[-2], *shape[:-2]) if path.endswith("kernel") else tuple(shape)
 
 
-def _converted(path: str, array: Any) -> jax.Array:
+def _converted(path: str, array: Any, stored: Any) -> jax.Array:
     dtype = jnp.float64 if array.dtype == np.float64 and jax.config.read("jax_enable_x64") else jnp.float32
+    if stored is not None and array.ndim > 1:
+        dtype = stored
     if path.endswith("kernel"):
         array = array.transpose(*range(2, array.ndim), 1, 0)
     return jnp.asarray(array, dtype)
