@@ -59,16 +59,37 @@ class Case:
     def inputs(self, dtype=np.float32):
         """The inputs by the names that the network takes."""
         given = self.facts["inputs"]
-        x = normal("input:x", given["x"]["shape"]).astype(np.float32)
-        if "sqrt(cond" in given["x"]["recipe"]:
+        known = {name: _input(name, given[name], dtype) for name in _INPUTS if given.get(name) is not None}
+        if "x" in known and "sqrt(cond" in given["x"]["recipe"]:
+            x = normal("input:x", given["x"]["shape"]).astype(np.float32)
             x *= np.sqrt(np.square(given["sigma"]) + 0.25).astype(np.float32).reshape(-1, 1, 1, 1)
-        times = {name: np.array(given[name], dtype) for name in ("sigma", "noise_labels", "timesteps") if name in given}
-        labels = {name: np.array(given[name], np.int32) for name in ("labels", "y") if given.get(name) is not None}
-        return {"x": nhwc(x).astype(dtype), **times, **labels}
+            known["x"] = nhwc(x).astype(dtype)
+        if "added_cond_kwargs" in given:
+            added = given["added_cond_kwargs"]
+            known["added_cond_kwargs"] = {name: _input(name, value, dtype) for name, value in added.items()}
+        return known
 
     def output(self, name):
         stored = self.stored[name]
         return nhwc(stored) if stored.ndim == 4 else stored
+
+
+_INPUTS = (
+    *("x", "image", "latent", "encoder_hidden_states", "sigma", "noise_labels", "timesteps"),
+    *("labels", "y", "class_labels", "input_ids"),
+)
+
+
+def _input(name, given, dtype):
+    if not isinstance(given, dict):
+        array = np.array(given)
+        return array.astype(np.int32 if array.dtype.kind == "i" and name not in _REAL else dtype)
+    drawn = normal(f"input:{name}", given["shape"]) * (0.5 if "(0.5 *" in given["recipe"] else 1)
+    array = drawn.astype(np.float32).astype(dtype)
+    return nhwc(array) if array.ndim == 4 else array
+
+
+_REAL = ("sigma", "noise_labels", "timesteps", "time_ids")
 
 
 def names(folder):
