@@ -83,7 +83,8 @@ _INPUTS = (
 def _input(name, given, dtype):
     if not isinstance(given, dict):
         array = np.array(given)
-        return array.astype(np.int32 if array.dtype.kind == "i" and name not in _REAL else dtype)
+        integer = name in ("labels", "y") or (array.dtype.kind == "i" and name not in _REAL)
+        return array.astype(np.int32 if integer else dtype)
     drawn = normal(f"input:{name}", given["shape"]) * (0.5 if "(0.5 *" in given["recipe"] else 1)
     array = drawn.astype(np.float32).astype(dtype)
     return nhwc(array) if array.ndim == 4 else array
