@@ -59,7 +59,7 @@ class Case:
     def inputs(self, dtype=np.float32):
         """The inputs by the names that the network takes."""
         given = self.facts["inputs"]
-        known = {name: _input(name, given[name], dtype) for name in _INPUTS if given.get(name) is not None}
+        known = {name: _input(name, given[name], dtype) for name in _INPUTS if _is_given(given, name)}
         if "x" in known and "sqrt(cond" in given["x"]["recipe"]:
             x = normal("input:x", given["x"]["shape"]).astype(np.float32)
             x *= np.sqrt(np.square(given["sigma"]) + 0.25).astype(np.float32).reshape(-1, 1, 1, 1)
@@ -88,6 +88,10 @@ def _input(name, given, dtype):
     drawn = normal(f"input:{name}", given["shape"]) * (0.5 if "(0.5 *" in given["recipe"] else 1)
     array = drawn.astype(np.float32).astype(dtype)
     return nhwc(array) if array.ndim == 4 else array
+
+
+def _is_given(given, name):
+    return given.get(name) is not None and not isinstance(given[name], str)  # else words about another input
 
 
 _REAL = ("sigma", "noise_labels", "timesteps", "time_ids")
