@@ -100,11 +100,16 @@ def ipndm(
 def ipndm_v(order: int = 4, lower_order_final: bool = False, euler_at_final: bool = False) -> Solver:
     """A form of iPNDM for unequal steps, as released.
 
-    Adams-Bashforth for unequal steps is `deis(order - 1)`, and so is this for order 2. A quirk of the release: a
-    misplaced bracket makes the weight of the second difference (1 - a b) / 2 where Adams-Bashforth has (1 - a) b / 2,
-    a = h / (3 (h + h_1)), b = h (h + h_1) / (h_1 (h_1 + h_2)) with the last steps h, h_1, h_2. The two agree for equal
-    steps only: on grids whose steps change smoothly, orders 3 and 4 both converge with order 3. `deis` has the exact
-    weights.
+    Adams-Bashforth for unequal steps is `deis(order - 1)`, and so is this for order 2. The release has two quirks. With
+    its last steps h, h_1, h_2, h_3:
+
+    - A misplaced bracket makes the weight of the second difference (1 - a b) / 2 where Adams-Bashforth has
+      (1 - a) b / 2, a = h / (3 (h + h_1)), b = h (h + h_1) / (h_1 (h_1 + h_2)). The two agree for equal steps only.
+    - The last weight of order 4 has h_1 / h_2 where the third difference has h_2 / h_3. The four weights sum to 1 only
+      where these quotients agree, as on the grid log_snr; on karras the sum is off by up to 0.001.
+
+    On grids whose steps change smoothly, order 3 converges with order 3, and order 4 with order 3 where its weights sum
+    to 1, else with order 2. `deis` has the exact weights.
 
     Args:
       order: the number of outputs used, 1 (`ddim()`) to 4. The first steps use those there are.
