@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evodiff_jax.denoisers import classifier_free_guidance, from_prediction
+from evodiff_jax.denoisers import classifier_free_guidance, clip, dynamic_threshold, from_prediction
 from evodiff_jax.pretrained import adm_release, edm, inception
 from evodiff_jax.pretrained.states import Network, Origin, apply, restore
+from evodiff_jax.pretrained.text import clip
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.types import Denoiser
 
@@ -40,6 +41,7 @@ FAMILIES = {
     "edm": Family(edm.ORIGIN, edm.build),
     "adm": Family(adm_release.ORIGIN, adm_release.build),
     "inception": Family(inception.ORIGIN, inception.build),
+    "clip_text": Family(clip.ORIGIN, clip.build),
 }
 """Families by name."""
 
@@ -79,7 +81,8 @@ class Model(NamedTuple):
           ValueError: the network is no diffusion model, nor a classifier of noisy images.
         """
         if self.network.schedule is None:
-            raise ValueError(f"{self.name} ({self.cls}) has no noise schedule: it is no diffusion model by itself")
+            alone = "; load the folder that its scheduler is in too" if self.network.predict is not None else ""
+            raise ValueError(f"{self.name} ({self.cls}) has no noise schedule: it is no diffusion model by itself{alone}")
         return self.network.schedule
 
     @property
@@ -155,8 +158,18 @@ class Model(NamedTuple):
             raise ValueError(f"{self.name} ({self.cls}) is no autoencoder")
         return self.module
 
-    def denoiser(self, params: Any, label: Any = None, guidance: Any = 1.0) -> Denoiser:
+    def denoiser(
+        self,
+        params: Any,
+        label: Any = None,
+        guidance: Any = 1.0,
+        *,
+        rescale: float = 0.0,
+        interval: tuple[float, float] | None = None,
+    ) -> Denoiser:
         """Returns denoise(x, t) for `evodiff_jax.sample`, at the times of `schedule`.
+
+        Data predictions are clipped where the model's own samplers clip them.
 
         Args:
           params: the parameters, usually `model.params`.
@@ -164,6 +177,8 @@ class Model(NamedTuple):
           guidance: scale of classifier-free guidance away from the null class, see
             `denoisers.classifier_free_guidance`; 1 is none. EDM's networks take the absence of a class as input, but
             the released ones never saw it in training.
+          rescale: of guidance, see there.
+          interval: the noise levels (low, high] of sigma / alpha in which to guide, see there.
 
         Raises:
           TypeError: the labels are no integers.
@@ -183,10 +198,20 @@ class Model(NamedTuple):
 
         denoise = from_prediction(fn, self.schedule, self.network.prediction, per_sample_time=True)
         if label is None:
-            return denoise
+            return limited(denoise, self.network)
         label = self._checked(label)
         null = label if self.null_class is None else jnp.full_like(label, self.null_class)
-        return classifier_free_guidance(denoise, label, null, guidance, channels=self.network.guided_channels)
+        guided = classifier_free_guidance(
+            denoise,
+            label,
+            null,
+            guidance,
+            rescale=rescale,
+            interval=interval,
+            schedule=self.schedule,
+            channels=self.network.guided_channels,
+        )
+        return limited(guided, self.network)
 
     def log_prob(self, params: Any, label: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The classifier as `denoisers.classifier_guidance` takes it.
@@ -239,6 +264,15 @@ class Model(NamedTuple):
                 f"labels of {self.name} must be in 0 .. {highest}{none}, got {int(label.min())} to {int(label.max())}"
             )
         return jnp.asarray(label, jnp.int32)
+
+
+def limited(denoise: Denoiser, network: Network) -> Denoiser:
+    """The denoiser with its predictions limited as the network's own samplers limit them."""
+    if network.limit is None:
+        return denoise
+    if network.percentile is not None:
+        return dynamic_threshold(denoise, network.percentile, network.limit)
+    return clip(denoise, -network.limit, network.limit)
 
 
 def digest_of(path: Path) -> str:

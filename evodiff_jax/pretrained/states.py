@@ -59,6 +59,8 @@ class Network(NamedTuple):
       predict: predict(module, params, x, t, label) -> the prediction for x (B, H, W, C), t (B,) and label (B,) or None.
       null_class: the label of no class, None where the network has none.
       guided_channels: how many of the channels guidance acts on, None for all.
+      limit: the magnitude that data predictions are clipped to, None for no clipping.
+      percentile: of dynamic thresholding in place of that; None for none.
       uint8: the conversion of samples to bytes that the release uses, see `evaluation.to_uint8`.
     """
 
@@ -76,6 +78,8 @@ class Network(NamedTuple):
     predict: Callable[[nn.Module, Any, jax.Array, jax.Array, Any], Any] | None = None
     null_class: int | None = None
     guided_channels: int | None = None
+    limit: float | None = None
+    percentile: float | None = None
     uint8: str = "diffusers"
 
 
