@@ -20,7 +20,7 @@ from jax.core import Tracer
 from evodiff_jax.denoisers import classifier_free_guidance, clip, dynamic_threshold, from_prediction
 from evodiff_jax.pretrained import adm_release, edm, inception
 from evodiff_jax.pretrained.states import Network, Origin, apply, restore
-from evodiff_jax.pretrained.text import clip
+from evodiff_jax.pretrained.text import clip as clip_text
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.types import Denoiser
 
@@ -41,7 +41,7 @@ FAMILIES = {
     "edm": Family(edm.ORIGIN, edm.build),
     "adm": Family(adm_release.ORIGIN, adm_release.build),
     "inception": Family(inception.ORIGIN, inception.build),
-    "clip_text": Family(clip.ORIGIN, clip.build),
+    "clip_text": Family(clip_text.ORIGIN, clip_text.build),
 }
 """Families by name."""
 

@@ -1,0 +1,1 @@
+"""Text for diffusion models: CLIP's tokenizer and text encoders."""
