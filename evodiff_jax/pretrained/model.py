@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from evodiff_jax.denoisers import classifier_free_guidance, clip, dynamic_threshold, from_prediction
 from evodiff_jax.pretrained import adm_release, edm, inception
+from evodiff_jax.pretrained.diffusers import autoencoder_kl, unet2d, unet2d_condition
 from evodiff_jax.pretrained.states import Network, Origin, apply, restore
 from evodiff_jax.pretrained.text import clip as clip_text
 from evodiff_jax.schedules import NoiseSchedule
@@ -41,6 +42,9 @@ FAMILIES = {
     "edm": Family(edm.ORIGIN, edm.build),
     "adm": Family(adm_release.ORIGIN, adm_release.build),
     "inception": Family(inception.ORIGIN, inception.build),
+    "unet2d": Family(unet2d.ORIGIN, unet2d.build),
+    "unet2d_condition": Family(unet2d_condition.ORIGIN, unet2d_condition.build),
+    "autoencoder_kl": Family(autoencoder_kl.ORIGIN, autoencoder_kl.build),
     "clip_text": Family(clip_text.ORIGIN, clip_text.build),
 }
 """Families by name."""
