@@ -104,6 +104,12 @@ def test_the_padding_token_inside_a_text_is_one_as_in_transformers(folder):
     assert load_tokenizer(folder).encode("a cat!! x <|EndOfText|> y") == [320, 66, 541, 0, 0, 343, END, 344]
 
 
+def test_names_of_special_tokens_in_capitals_are_split_off_as_in_transformers():
+    first = [343, 27, 347, 68, 77, 67, 78, 69, 83, 68, 87, 339, 91, 285, 0, 256]
+    second = [12, 27, 347, 82, 519, 81, 83, 78, 69, 83, 68, 87, 339, 91, 29, 268]
+    assert load_tokenizer(SOURCE).encode("x <|EndOfText|>!! -<|startofText|>-") == first + second
+
+
 def test_a_length_that_is_not_known_is_77(folder):
     write(folder, "tokenizer_config.json", {"model_max_length": 10**30})
     assert load_tokenizer(folder).length == 77

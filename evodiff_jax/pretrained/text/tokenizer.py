@@ -20,7 +20,7 @@ from evodiff_jax.extras import require
 _LENGTH = 77  # of CLIP's text encoders
 _UNLIMITED = 10**6  # above it, a model_max_length says that none is known
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _ROLES = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}  # with their defaults
 _OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")
 _SHOWN = 3  # prompts in a warning
@@ -156,7 +156,7 @@ def _from_files(folder: Path, unknown: str) -> Any:
     blanks = normalizers.Replace(Regex(r"\s+"), " ")
     found.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits again, as GPT-2 does
     found.pre_tokenizer = pre_tokenizers.Sequence([pieces, in_bytes])
     found.decoder = decoders.ByteLevel()
     return found
