@@ -19,7 +19,7 @@ import pytest
 import writers
 from tiny_models import write_model
 
-from evodiff_jax import cli, evaluation, grids, plan, pretrained, solvers
+from evodiff_jax import cli, evaluation, fitting, grids, plan, pretrained, solvers
 from evodiff_jax.cli import main
 from evodiff_jax.evaluation import _fid
 from evodiff_jax.solvers import FORMS
@@ -224,6 +224,31 @@ def test_runs_that_a_solver_does_not_have_are_named(files, capsys, fast):
     assert re.search(r"^heun +[\d.]+$", printed, re.MULTILINE)
 
 
+def test_fitted_plans_stand_beside_solvers(files, folder, capsys, fast):
+    fitted = fitting.load("fashion_mnist-5")
+    digest = _load(str(files / "classes.safetensors")).digest
+    fitting.save(folder / "mine.safetensors", fitted, digest=digest)
+    options = {"checkpoint": files / "classes.safetensors", "solvers": "ddim", "calls": 2, "plans": "mine.safetensors"}
+    assert main(command(files, **options)) == 0
+    printed = capsys.readouterr().out
+    table = [line.split() for line in printed.split("\n\n")[-1].splitlines()]
+    assert [row[0] for row in table] == ["model", "ddim", "mine"]
+    assert table[0][2:] == ["2", "5"]
+    assert "plan      `mine`: 5 model calls, fitted from dpm_solver_pp-2 on the karras grid\n" in printed
+    rows = list(csv.DictReader((folder / "out" / "fid.csv").read_text().splitlines()))
+    assert [(row["solver"], row["grid"], row["calls"]) for row in rows] == [
+        ("ddim", "log_snr", "2"),
+        ("mine", "fitted", "5"),
+    ]
+    plan_digest = evaluation.digest_of_plan(fitting.load("mine.safetensors").plan)
+    assert rows[1]["digest"] == plan_digest
+    # The same plan is the same run, whatever stands beside it, and other guidance than the fit's is told of.
+    with np.load(folder / "out" / "runs" / f"mine_fitted_5_{plan_digest}.npz") as run:
+        assert int(run["samples"]) == 8
+    assert main([*command(files, **options, out="guided"), "--guidance", "0"]) == 0
+    assert "warning: the plan mine was fitted with guidance 1, not 0" in capsys.readouterr().err
+
+
 def test_the_images_of_a_reference_are_used_when_asked_for(files, folder, capsys, fast):
     options = {"reference": files / "batch.npz", "solvers": "ddim", "calls": 2}
     assert main(command(files, **options)) == 0
@@ -325,6 +350,9 @@ def refused(capsys, folder, arguments, message):
         ({"guidance": 2}, "edm.pkl is an unconditional model, whose guidance must be 1, got 2.0"),
         ({"class": 1}, "argument --class: not for an unconditional model, got '1'"),
         ({"checkpoint": "{files}/classes.safetensors", "class": 10}, "argument --class: must be in 0 .. 9"),
+        ({"plans": "none.safetensors"}, "argument --plans: No such file or directory: none.safetensors"),
+        ({"plans": "fashion_mnist-5"}, "fashion_mnist-5.safetensors was fitted to another model"),
+        ({"plans": "fashion_mnist-5 fashion_mnist-5"}, "argument --plans: two plans have the name 'fashion_mnist-5'"),
         ({"solvers": "heun", "calls": 3}, "argument --calls: heun have no runs of 3 calls"),
     ],
 )

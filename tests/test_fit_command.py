@@ -20,7 +20,6 @@ from tiny_models import write_model
 
 import evodiff_jax as ed
 from evodiff_jax import evaluation, fitting, interrupts, pretrained
-from evodiff_jax.cli import compare as cli_compare
 from evodiff_jax.cli import fit as cli_fit
 from evodiff_jax.cli import main, plans
 from evodiff_jax.cli import sample as cli_sample
@@ -304,6 +303,53 @@ def test_an_unusable_model(folder, capsys):
     assert_refused(capsys, folder, ["fit", "--checkpoint", path, *FEW], "16 of the teacher's 16 samples are not finite")
 
 
+# -- info
+
+
+def test_info_tells_what_a_plan_is(made, folder, capsys):
+    assert main(["info", made.plan]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    fitted = fitting.load(made.plan)
+    report = fitted.report
+    times = ", ".join(f"{t:.4g}" for t in fitted.plan.table.time)
+    assert lines.pop("time").endswith(" s")
+    assert lines.pop("test") == (
+        f"median error {report.start.median:.3g} -> {report.fitted.median:.3g}, RMS {report.start.rms:.3g} -> "
+        f"{report.fitted.rms:.3g}, of 4 samples with no part in the fit"
+    )
+    assert re.fullmatch(r"median error \S+ -> \S+, RMS \S+ -> \S+, of 4 samples", lines.pop("choice"))
+    assert lines == {
+        "file": f"{made.plan}, fitted plan",
+        "calls": "2 model calls a sample",
+        "start": "dpm_solver_pp-2 on the karras grid",
+        "model": f"tiny, SHA-256 {pretrained.load(made.model).digest}",
+        "times": f"the model is told {times}; to 0.002",
+        "schedule": "(t, alpha, sigma) is (8.002, 1, 8.002), (40, 1, 40), (80, 1, 80)",
+        "guidance": "1",
+        "teacher": "8 model calls",
+        "loss": "mean",
+        "seed": "0",
+        "versions": f"evodiff_jax {ed.__version__}, jax {jax.__version__}",
+        "fit": f"20 steps on 8 samples, the best after {report.best_step}",
+        "spent": f"{report.forward_calls:,} in the fit and {report.gradient_calls:,} with gradients",
+    }
+    told = report._replace(interrupted=True, teacher_calls=1234)
+    card = {"radius": 0.01, "guidance": 2.0, "classifier": "x", "classifier_scale": 3.0}
+    fitting.save("bare.safetensors", fitted._replace(report=told, card=card))
+    assert main(["info", "bare.safetensors"]) == 0
+    out = capsys.readouterr().out
+    for text in ("unknown, noise within 0.01 of its size", "guidance 2, of a classifier 3", ", interrupted\n"):
+        assert text in out
+    for text in ("start    an unknown solver", "1,234 model calls for the teacher's samples", "seed     unknown"):
+        assert text in out
+    assert_refused(capsys, folder, ["info", made.plan, "--entry", "ema"], "argument --entry: not with")
+    half = Path(made.plan).read_bytes()[:-8]
+    (folder / "half.safetensors").write_bytes(half)
+    assert_refused(capsys, folder, ["info", "half.safetensors"], "half.safetensors is no fitted plan, or a damaged one")
+    assert main(["info", "fashion_mnist-5"]) == 0
+    assert "model    fashion_mnist, SHA-256 " in capsys.readouterr().out
+
+
 # -- sample
 
 
@@ -401,7 +447,7 @@ def test_a_packaged_plan_is_taken_by_name(unsampled, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(r"solver   fitted from \S+ on the \S+ grid, fashion_mnist-5\n", out)
     assert "NFE      5 model calls a sample\n" in out
-    assert list(cli_compare._read_plans(["fashion_mnist-5"])) == ["fashion_mnist-5"]
+    assert list(plans.read_plans("--plans", ["fashion_mnist-5"])) == ["fashion_mnist-5"]
 
 
 # -- compare

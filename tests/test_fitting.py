@@ -325,8 +325,10 @@ def test_files_give_back_what_was_saved(fitted, tmp_path):
     fitting.save(path, fitted, digest="abc", solver="dpm_solver_pp-2")
     again = fitting.load(path, EDM, digest="abc")
     assert_close(again.plan, fitted.plan, 0)
+    assert [*map(np.shape, jax.tree.leaves(again.plan))] == [*map(np.shape, jax.tree.leaves(fitted.plan))]
     assert_close(again.offsets, fitted.offsets, 0)
     assert again.report == fitted.report
+    assert fitting.is_fitted(path)
     assert again.card == {**fitted.card, "digest": "abc", "solver": "dpm_solver_pp-2"}
     assert np.array_equal(ed.sample(DENOISE, NOISE, again.plan), ed.sample(DENOISE, NOISE, fitted.plan))
     with pytest.raises(ValueError, match=r"is of another schedule: its .* the schedule's are"):
@@ -361,6 +363,8 @@ def test_what_is_no_fitted_plan_is_said(fitted, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is no fitted plan"):
             fitting.load(path)
+        assert not fitting.is_fitted(path)
+    assert not fitting.is_fitted(tmp_path)
     fitting.save(path, fitted)
     arrays = load_file(path)
     raw = path.read_bytes()

@@ -72,7 +72,12 @@ def _parser() -> argparse.ArgumentParser:
             run_evaluate,
             "FID of solvers on a model, from statistics of data and the Inception network",
         ),
-        ("info", add_info_arguments, run_info, "show what a file of weights holds, or versions and packaged models"),
+        (
+            "info",
+            add_info_arguments,
+            run_info,
+            "show what a file of weights or a plan holds, or versions and packaged models",
+        ),
         ("convert", add_convert_arguments, run_convert, "write a public checkpoint as a safetensors file"),
     ):
         command = commands.add_parser(

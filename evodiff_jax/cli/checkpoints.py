@@ -1,4 +1,4 @@
-"""`evodiff-jax info` and `evodiff-jax convert`: what a file of weights holds, and the same as safetensors."""
+"""`evodiff-jax info` and `evodiff-jax convert`: what a file of weights or a plan holds, and weights as safetensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ import jax
 from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import add_checkpoint_arguments
 from evodiff_jax.cli.output import check_output
+from evodiff_jax.cli.plans import described
 
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evodiff-jax info`."""
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", help="file of weights (default: versions, devices, what is packaged)"
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="file of weights, or a fitted plan (default: versions, devices, what is packaged)",
     )
     add_checkpoint_arguments(parser)
 
@@ -33,12 +37,21 @@ def run_info(args: argparse.Namespace) -> None:
       args: what `add_info_arguments` parsed.
 
     Raises:
-      ValueError: the file is damaged, of an unknown format, or has globals that are not allowed.
+      ValueError: the file is damaged, of an unknown format, or has globals that are not allowed; or an option is not
+        for a fitted plan.
       OSError: it cannot be read.
     """
     if args.file is None:
         return _print_versions()
-    from evodiff_jax import pretrained
+    from evodiff_jax import fitting, pretrained
+
+    if fitting.is_fitted(args.file):
+        for option, given in (("--config", args.config), ("--entry", args.entry)):
+            if given is not None:
+                raise ValueError(f"argument {option}: not with {args.file}, a fitted plan")
+        for name, text in [("file", f"{args.file}, fitted plan"), *described(args.file)]:
+            print(f"{name:<8} {text}")
+        return None
 
     found = pretrained.describe(args.file, config=args.config, entry=args.entry)
     numbers = sum(math.prod(shape) for shape, _ in found.arrays.values())

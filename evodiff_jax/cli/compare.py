@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,10 @@ import numpy as np
 from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
 from evodiff_jax.cli.output import check_folder
-from evodiff_jax.cli.plans import name_of, origin, read_plan, warn_of_guidance
+from evodiff_jax.cli.plans import check_plans, facts_of, read_plans
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.schedules import edm
-from evodiff_jax.solvers import FORMS
 
 if TYPE_CHECKING:
     from evodiff_jax.evaluation import Problem
@@ -94,7 +93,7 @@ def run_compare(args: argparse.Namespace) -> None:
         if name in (args.solvers or evaluation.DETERMINISTIC)
     }
     grids, calls = {name: GRIDS[name] for name in args.grids}, sorted(set(args.calls))
-    fitted = _read_plans(args.plans)
+    fitted = read_plans("--plans", args.plans)
     plans = {name: found.plan for name, found in fitted.items()}
     planned = evaluation.runs(edm(), grids, calls, solvers, plans=plans)
     if len(planned) == len(plans):
@@ -106,7 +105,10 @@ def run_compare(args: argparse.Namespace) -> None:
 
     try:
         model = _load_model(args)
-        _check_plans(args, model)
+        if model is None:  # exact models have no digest
+            check_plans("--plans", args.plans, edm())
+        else:
+            check_plans("--plans", args.plans, model.schedule, model.digest, {"guidance": _scale(args)})
         problem = _problem(args, model)
         made = evaluation.compare(problem, grids, calls, args.out, solvers, plans=plans)
         # disable=None: no bar unless stderr is a terminal.
@@ -122,29 +124,6 @@ def run_compare(args: argparse.Namespace) -> None:
     print(f"judged   by {problem.judged_by}")
     print(f"runs     {len(results)} of {args.samples} samples, seed {args.seed}")
     print(f"output   {', '.join(map(str, written))}")
-
-
-def _read_plans(paths: Sequence[str]) -> dict[str, Fitted]:
-    """The plans by name."""
-    found = {}
-    for path in paths:
-        name = name_of(path)
-        if name in found:
-            raise ValueError(f"argument --plans: two plans have the name {name!r}: rename one")
-        if name in FORMS:
-            raise ValueError(f"argument --plans: the plan {name!r} has the name of a solver: rename it")
-        found[name] = read_plan("--plans", path)
-    return found
-
-
-def _check_plans(args: argparse.Namespace, model: Model | None) -> None:
-    """Compares the plans with the model: exact ones have no digest."""
-    for path in args.plans:
-        if model is None:
-            read_plan("--plans", path, edm())
-        else:
-            found = read_plan("--plans", path, model.schedule, model.digest)
-            warn_of_guidance(name_of(path), found, {"guidance": _scale(args)})
 
 
 def _scale(args: argparse.Namespace) -> float:
@@ -177,5 +156,5 @@ def _facts(args: argparse.Namespace, fitted: Mapping[str, Fitted]) -> list[str]:
     scale = [] if args.exact is not None else [f"guidance {_scale(args):g}"]
     device = jax.devices()[0]
     versions = f"evodiff_jax {__version__}, jax {jax.__version__}, python {platform.python_version()}"
-    plans = [f"plan `{name}`: {int(f.plan.calls)} model calls, {origin(f)}" for name, f in fitted.items()]
+    plans = [f"plan {fact}" for fact in facts_of(fitted)]
     return [", ".join([f"seed {args.seed}", *scale]), versions, f"{device.platform}, {device.device_kind}", *plans]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,14 @@ from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import integer
 from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_folder
+from evodiff_jax.cli.plans import check_plans, facts_of, read_plans
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.solvers import FORMS
 
 if TYPE_CHECKING:
     from evodiff_jax.evaluation import Fid, Reference, Source
+    from evodiff_jax.fitting import Fitted
     from evodiff_jax.pretrained import Model
 
 _SOLVERS = ("variance_optimal", "evodiff", "dpm_solver_pp-3", "unipc-3", "ipndm-3")
@@ -65,6 +67,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"model calls a sample, {listed} (default: {', '.join(map(str, _CALLS))})",
     )
     add("--grid", nargs="+", default=("log_snr",), metavar="GRID", help=f"of {', '.join(GRIDS)} (default: log_snr)")
+    add("--plans", nargs="+", default=(), metavar="FILE", help="fitted plans of the model to evaluate too")
     add("--num", type=integer(2, 10_000_000), default=50_000, help="samples of every run (default: %(default)s)")
     add("--batch", type=integer(1, 50_000), default=64, help="images at a time (default: %(default)s)")
     add(
@@ -95,6 +98,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     solvers = _listed("--solvers", args.solvers, _one_of(FORMS))
     grids = _listed("--grid", args.grid, _one_of(GRIDS))
     calls = sorted(_listed("--calls", args.calls, integer(1, _MAX_CALLS)))
+    fitted = read_plans("--plans", args.plans)
+    plans = {name: found.plan for name, found in fitted.items()}
     check_folder("--out", args.out)
     check_folder("--out", args.out / _RUNS if args.out.exists() else args.out)
     require("tqdm", extra="models")
@@ -113,11 +118,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         )
     guided = load_guided(args)
     model, source = guided.model, _source(args, guided)
+    check_plans("--plans", args.plans, model.schedule, model.digest, guided.settings)
     made = {name: FORMS[name].make for name in solvers}
     of_grids = {name: GRIDS[name] for name in grids}
-    planned = evaluation.runs(source.schedule, of_grids, calls, made, args.denoise_to_zero)
+    planned = evaluation.runs(source.schedule, of_grids, calls, made, args.denoise_to_zero, plans)
     without = evaluation.skipped(planned, grids, calls, solvers)
-    if not planned:
+    if len(planned) == len(plans):
         raise ValueError(f"argument --calls: {', '.join(solvers)} have no runs of {', '.join(map(str, calls))} calls")
 
     uint8 = args.uint8 or model.network.uint8
@@ -149,6 +155,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                     seed=args.seed,
                     batch=batch,
                     denoise_to_zero=args.denoise_to_zero,
+                    plans=plans,
                     on_batch=on_batch,
                 )
             )
@@ -157,7 +164,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                 raise ValueError(f"a batch of {batch} images does not fit in memory: use a smaller --batch") from error
             raise
 
-    facts = _facts(args, guided, inception, reference, uint8, grids)
+    facts = _facts(args, guided, inception, reference, uint8, grids, fitted)
     remarks = _remarks(args, results, inception, FEATURES)
     remarks += [f"{s} has no run of exactly {n} model calls on the grid {g}: left out." for s, g, n in without]
     written = evaluation.write_fid_report(args.out, results, [f"{name} {text}" for name, text in facts], remarks)
@@ -197,7 +204,13 @@ def _source(args: argparse.Namespace, guided: Guided) -> Source:
 
 
 def _facts(
-    args: argparse.Namespace, guided: Guided, inception: Model, reference: Reference, uint8: str, grids: list[str]
+    args: argparse.Namespace,
+    guided: Guided,
+    inception: Model,
+    reference: Reference,
+    uint8: str,
+    grids: list[str],
+    fitted: Mapping[str, Fitted],
 ) -> list[tuple[str, str]]:
     from evodiff_jax.evaluation import UINT8
 
@@ -213,6 +226,7 @@ def _facts(
         ("model", f"{model.name}, SHA-256 {model.digest or 'unknown'}, {args.dtype}"),
         ("samples", f"{args.num:,} of every run, seed {args.seed}, {classes}{guided.words}"),
         ("solvers", f"on the grid {', '.join(grids)}; model calls a sample{last}"),
+        *(("plan", fact) for fact in facts_of(fitted)),
         ("uint8", f"{uint8}: {UINT8[uint8]}"),
         ("inception", f"{args.inception.name}, SHA-256 {inception.digest}"),
         (

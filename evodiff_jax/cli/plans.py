@@ -1,17 +1,19 @@
-"""Fitted plans that a command takes in the place of solvers."""
+"""Fitted plans that a command takes in the place of solvers, or beside them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evodiff_jax import fitting, interrupts
 from evodiff_jax.schedules import NoiseSchedule
+from evodiff_jax.solvers import FORMS
+from evodiff_jax.tables import denoises_to_zero
 
 if TYPE_CHECKING:
-    from evodiff_jax.fitting import Fitted
+    from evodiff_jax.fitting import Figures, Fitted
 
 SUFFIX = ".safetensors"
 
@@ -35,6 +37,47 @@ def read_plan(option: str, path: str, schedule: NoiseSchedule | None = None, dig
         raise ValueError(f"argument {option}: {error}") from error
 
 
+def read_plans(option: str, paths: Sequence[str]) -> dict[str, Fitted]:
+    """Loads plans that stand beside solvers, by name.
+
+    Raises:
+      OSError: a file cannot be read.
+      ValueError: as `read_plan`, or two have the same name, or one has a solver's.
+    """
+    found = {}
+    for path in paths:
+        name = name_of(path)
+        if name in found:
+            raise ValueError(f"argument {option}: two plans have the name {name!r}: rename one")
+        if name in FORMS:
+            raise ValueError(f"argument {option}: the plan {name!r} has the name of a solver: rename it")
+        found[name] = read_plan(option, path)
+    return found
+
+
+def check_plans(
+    option: str,
+    paths: Sequence[str],
+    schedule: NoiseSchedule,
+    digest: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Compares plans with a model, as `read_plan` does; `settings`, as `Guided` has them, with a warning.
+
+    Raises:
+      ValueError: a plan is of another model.
+    """
+    for path in paths:
+        found = read_plan(option, path, schedule, digest)
+        if settings is not None:
+            warn_of_guidance(name_of(path), found, settings)
+
+
+def facts_of(fitted: Mapping[str, Fitted]) -> list[str]:
+    """What plans are, one a line."""
+    return [f"`{name}`: {int(f.plan.calls)} model calls, {origin(f)}" for name, f in fitted.items()]
+
+
 def name_of(path: str) -> str:
     """What a plan is called: its file's name without the suffix."""
     return Path(path).name.removesuffix(SUFFIX)
@@ -45,6 +88,53 @@ def origin(fitted: Fitted) -> str:
     card = fitted.card
     grid = f" on the {card['grid']} grid" if "grid" in card else ""
     return f"fitted from {card.get('solver', 'an unknown solver')}{grid}"
+
+
+def described(path: str) -> list[tuple[str, str]]:
+    """What a plan is and how good, as names and words.
+
+    Args:
+      path: the name of a packaged plan, or the path of a file.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no fitted plan, or a damaged one.
+    """
+    fitted = fitting.load(path)
+    plan, report, card = fitted.plan, fitted.report, fitted.card
+    last = ", the last one at the last noise level" if denoises_to_zero(plan) else ""
+    levels = ", ".join(f"({t:.4g}, {alpha:.4g}, {sigma:.4g})" for t, alpha, sigma in plan.levels)
+    told = ", ".join(f"{t:.4g}" for t in plan.table.time[: int(plan.calls)])
+    training, validation, test = report.samples
+    radius = f", noise within {card['radius']:g} of its size" if card.get("radius") else ""
+    stopped = ", interrupted" if report.interrupted else ""
+    made = f"{report.teacher_calls:,} model calls for the teacher's samples, " if report.teacher_calls else ""
+    versions = [f"{name} {card[name]}" for name in ("evodiff_jax", "jax") if name in card]
+
+    def change(start: Figures, end: Figures) -> str:
+        return f"median error {start.median:.3g} -> {end.median:.3g}, RMS {start.rms:.3g} -> {end.rms:.3g}"
+
+    return [
+        ("calls", f"{int(plan.calls)} model calls a sample{last}"),
+        ("start", origin(fitted).removeprefix("fitted from ")),
+        ("times", f"the model is told {told}; to {float(plan.end):.4g}"),
+        ("schedule", f"(t, alpha, sigma) is {levels or 'unknown'}"),
+        ("model", f"{card.get('model', 'unknown')}, SHA-256 {card.get('digest') or 'unknown'}"),
+        *([("guidance", f"{card['guidance']:g}{_classifier(card)}")] if "guidance" in card else []),
+        ("teacher", f"{card.get('teacher_calls', 'unknown')} model calls"),
+        ("loss", f"{card.get('loss', 'unknown')}{radius}"),
+        ("seed", f"{card['seed']}" if "seed" in card else f"unknown; random key {card.get('key', 'unknown')}"),
+        ("versions", ", ".join(versions) or "unknown"),
+        ("fit", f"{report.steps} steps on {training} samples, the best after {report.best_step}{stopped}"),
+        ("spent", f"{made}{report.forward_calls:,} in the fit and {report.gradient_calls:,} with gradients"),
+        ("time", f"{report.seconds:.0f} s"),
+        ("choice", f"{change(report.validation_start, report.validation_fitted)}, of {validation} samples"),
+        ("test", f"{change(report.start, report.fitted)}, of {test} samples with no part in the fit"),
+    ]
+
+
+def _classifier(card: Mapping[str, Any]) -> str:
+    return f", of a classifier {card['classifier_scale']:g}" if "classifier_scale" in card else ""
 
 
 def warn_of_guidance(name: str, fitted: Fitted, settings: Mapping[str, Any]) -> None:

@@ -69,11 +69,11 @@ class Source(NamedTuple):
 
 
 class Fid(NamedTuple):
-    """The FID of a solver on one grid at one number of model calls.
+    """The FID of a solver on one grid at one number of model calls, or of a fitted plan.
 
     Attributes:
-      solver: the solver's name.
-      grid: the grid's name.
+      solver: the solver's name, or the plan's.
+      grid: the grid's name, FITTED of a plan.
       calls: the number of model calls of a sample.
       value: the distance, infinite where a sample is not finite.
       samples: the number of samples.
@@ -171,6 +171,7 @@ def evaluate(
     seed: int = 0,
     batch: int = 64,
     denoise_to_zero: bool = False,
+    plans: Mapping[str, Plan] | None = None,
     on_batch: Callable[[str, int], None] = lambda run, count: None,
 ) -> Iterator[Fid]:
     """The FID of every solver on every grid at every number of model calls that it can take.
@@ -193,14 +194,15 @@ def evaluate(
       seed: of noise and classes.
       batch: how many samples at a time, on which figures depend by round-off only.
       denoise_to_zero: as for `plan`; the call more counts among the calls.
+      plans: fitted plans by name, which follow, whatever their numbers of calls; `Fid.grid` of theirs is "fitted".
       on_batch: on_batch(run, count) is called when `count` samples more are there, of what is named by `run`.
 
     Yields:
       One figure a run, as soon as it is made.
 
     Raises:
-      ValueError: `num` is less than 2, the conversion is unknown, the folder holds runs of other settings or a damaged
-        file, or the features are not finite, or not as many as the reference's.
+      ValueError: `num` is less than 2, the conversion is unknown, a plan has a solver's name, the folder holds runs of
+        other settings or a damaged file, or the features are not finite, or not as many as the reference's.
       OSError: a file cannot be read or written.
     """
     if num < 2:
@@ -220,12 +222,15 @@ def evaluate(
         mean, covariance, *_ = _gather(path, stored, features, functools.partial(on_batch, "reference"))
     figures = Figures(folder, mean, covariance)
 
-    planned = runs(source.schedule, dict(grids), calls, dict(solvers), denoise_to_zero)
-    plans = _in_few_shapes(
-        [plan(source.schedule, r.times, solvers[r.solver](), denoise_to_zero=denoise_to_zero) for r in planned]
-    )
+    planned = runs(source.schedule, dict(grids), calls, dict(solvers), denoise_to_zero, plans)
+    laid = [
+        plan(source.schedule, r.times, solvers[r.solver](), denoise_to_zero=denoise_to_zero)
+        if r.plan is None
+        else r.plan
+        for r in planned
+    ]
     sampler = jax.jit(_sampler(source, uint8))
-    for run, laid_out in zip(planned, plans, strict=True):
+    for run, laid_out in zip(planned, _in_few_shapes(laid), strict=True):
 
         def batches(start: int, laid_out: Plan = laid_out) -> Iterator[tuple[Any, np.ndarray]]:
             for first in range(start, num, batch):

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evodiff_jax.evaluation._fid import Fid
+from evodiff_jax.evaluation._runs import FITTED
 from evodiff_jax.files import write_atomically
 
 
 def fid_table(results: Sequence[Fid]) -> list[list[str]]:
-    """Rows of cells, the header first: solvers, or solvers and grids where there are several, by model calls."""
+    """Rows of cells, the header first: solvers, or solvers and grids where there are several, and plans, by calls."""
     calls = sorted({r.calls for r in results})
-    several = len({r.grid for r in results}) > 1
-    names = [f"{r.solver}, {r.grid}" if several else r.solver for r in results]
+    several = len({r.grid for r in results} - {FITTED}) > 1
+    names = [f"{r.solver}, {r.grid}" if several and r.grid != FITTED else r.solver for r in results]
     cells = {(name, r.calls): _cell(r) for name, r in zip(names, results, strict=True)}
     rows = [[name, *(cells.get((name, count), "") for count in calls)] for name in dict.fromkeys(names)]
     return [["model calls", *map(str, calls)], *rows]

@@ -3,7 +3,7 @@
 `fit` starts from the plan of a published solver and needs the extra `fit`; its result is a plan like any other.
 """
 
-from evodiff_jax.fitting._files import load, save
+from evodiff_jax.fitting._files import is_fitted, load, save
 from evodiff_jax.fitting._fit import Figures, Fitted, Report, fit
 from evodiff_jax.fitting._offsets import Offsets, Start, realise, start_of
 from evodiff_jax.fitting._packaged import available
@@ -19,6 +19,7 @@ __all__ = [
     "converge",
     "default_teacher",
     "fit",
+    "is_fitted",
     "load",
     "realise",
     "save",

@@ -12,7 +12,7 @@ from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
 from evodiff_jax.fitting._fit import Figures, Fitted, Report
 from evodiff_jax.fitting._offsets import Offsets, check_levels, is_variance_optimal
-from evodiff_jax.fitting._packaged import locate
+from evodiff_jax.fitting._packaged import available, locate
 from evodiff_jax.numerics import is_integer
 from evodiff_jax.schedules import NoiseSchedule, check_schedule
 from evodiff_jax.solvers import variance_optimal
@@ -22,6 +22,7 @@ from evodiff_jax.tables import Plan, Table
 KIND = "evodiff_jax fitted plan"
 VERSION = 2
 _DIGEST = "digest"  # the entry of the card that names the model
+_MOST_HEADER = 2**20  # bytes of the header of a file that may be a plan; those of plans have some thousand
 
 
 def save(path: str | os.PathLike[str], fitted: Fitted, **card: Any) -> None:
@@ -64,7 +65,9 @@ def save(path: str | os.PathLike[str], fitted: Fitted, **card: Any) -> None:
         text = json.dumps(described)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the card must be JSON, of texts, numbers, lists and dicts: {error}") from error
-    content = to_bytes({name: np.ascontiguousarray(a, np.float64) for name, a in arrays.items()}, {"evodiff_jax": text})
+    content = to_bytes(
+        {name: np.asarray(a, np.float64, order="C") for name, a in arrays.items()}, {"evodiff_jax": text}
+    )
     write_atomically(Path(path), lambda file: file.write(content))
 
 
@@ -120,6 +123,19 @@ def load(
     return fitted
 
 
+def is_fitted(name_or_path: str | os.PathLike[str]) -> bool:
+    """Returns whether this is a packaged plan's name, or a file that says it is a fitted plan; damaged ones do too."""
+    if os.fspath(name_or_path) in available():
+        return True
+    try:
+        with Path(name_or_path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _MOST_HEADER else {}
+        return json.loads(header["__metadata__"]["evodiff_jax"])["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 _FIGURES = ("start", "fitted", "validation_start", "validation_fitted")
 
 
@@ -156,7 +172,7 @@ def _read(described: dict[str, Any], arrays: dict[str, np.ndarray]) -> Fitted:
     rule = None if of_rule is None else variance_optimal(of_rule["channel_axis"], of_rule["per_leaf"]).rule
     report = {**described["report"], **{name: Figures(**described["report"][name]) for name in _FIGURES}}
     return Fitted(
-        plan=Plan(table, np.asarray(calls, np.int32), arrays["end"], rule, levels),
+        plan=Plan(table, np.asarray(calls, np.int32), arrays["end"].reshape(()), rule, levels),
         report=Report(**{**report, "samples": tuple(report["samples"])}),
         offsets=Offsets(*(arrays[f"offsets.{name}"] for name in Offsets._fields)),
         card=dict(described["card"]),
