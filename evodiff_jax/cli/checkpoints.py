@@ -53,6 +53,8 @@ def run_info(args: argparse.Namespace) -> None:
             print(f"{name:<8} {text}")
         return None
 
+    if Path(args.file).is_dir():
+        return _print_folder(Path(args.file))
     found = pretrained.describe(args.file, config=args.config, entry=args.entry)
     numbers = sum(math.prod(shape) for shape, _ in found.arrays.values())
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in Counter(d for _, d in found.arrays.values()).items())
@@ -70,6 +72,25 @@ def run_info(args: argparse.Namespace) -> None:
             f"{args.file}: refuses the global{'s' if len(found.refused) > 1 else ''} {', '.join(found.refused)}; a "
             "checkpoint of arrays does not need more than its arrays"
         )
+
+
+def _print_folder(path: Path) -> None:
+    """Prints what each network of a folder is, and whether it loads."""
+    from evodiff_jax import pretrained
+    from evodiff_jax.pretrained.folders import components
+
+    known = components(path)
+    found = pretrained.describe_folder(path)
+    print(f"folder         {path}")
+    for name, component in known.items():
+        cls = component.cls
+        if name not in found:
+            print(f"{name:<14} {cls}{'' if name == 'scheduler' or name.startswith('tokenizer') else ', is not used'}")
+            continue
+        numbers = sum(math.prod(shape) for shape, _ in found[name].arrays.values())
+        loads = f"no: {found[name].problem}" if found[name].problem else "yes"
+        size = f"{len(found[name].arrays)} arrays, {numbers:,} numbers"
+        print(f"{name or 'network':<14} {cls}, {size}, {found[name].bytes:,} bytes, loads: {loads}")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -199,7 +199,8 @@ def _source(args: argparse.Namespace, guided: Guided) -> Source:
         params=guided.params,
         num_classes=guided.num_classes,
         label=label,
-        settings={**source.settings, **guided.settings, "dtype": args.dtype},
+        settings={**source.settings, **guided.settings, "dtype": guided.dtype},
+        decode=guided.decode,
     )
 
 
@@ -223,7 +224,7 @@ def _facts(
     used = {"arr_0": "images arr_0, their features computed here", "pool_3": "features pool_3"}
     source = used.get(reference.source, reference.source)
     return [
-        ("model", f"{model.name}, SHA-256 {model.digest or 'unknown'}, {args.dtype}"),
+        ("model", f"{model.name}, SHA-256 {model.digest or 'unknown'}, {guided.dtype}"),
         ("samples", f"{args.num:,} of every run, seed {args.seed}, {classes}{guided.words}"),
         ("solvers", f"on the grid {', '.join(grids)}; model calls a sample{last}"),
         *(("plan", fact) for fact in facts_of(fitted)),

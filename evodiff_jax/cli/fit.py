@@ -115,7 +115,7 @@ def run_fit(args: argparse.Namespace) -> None:
         model = guided.model
         parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         last = ", with --denoise-to-zero" if args.denoise_to_zero else ""
-        _tell("model", f"{model.name}, {parameters:,} parameters, {args.dtype}")
+        _tell("model", f"{model.name}, {parameters:,} parameters, {guided.dtype}")
         _tell("start", f"{args.solver} on the {args.grid} grid{last}{guided.words}")
         _tell("samples", f"{args.noises} of {int(task.teacher.calls)} model calls, seed {args.seed}, {path}")
         for count, start in task.starts.items():
@@ -201,7 +201,7 @@ def _target(args: argparse.Namespace, task: _Task) -> tuple[np.ndarray, Path, in
         "model": guided.model.digest,
         "config": [args.config, args.entry, args.classifier_config],
         **guided.settings,
-        "dtype": args.dtype,
+        "dtype": task.guided.dtype,
         "teacher": evaluation.digest_of_plan(task.teacher),
         "noises": args.noises,
         "seed": args.seed,
@@ -265,7 +265,7 @@ def _save(args: argparse.Namespace, task: _Task, path: Path, fitted: Fitted) -> 
         **guided.settings,
         solver=args.solver,
         grid=args.grid,
-        dtype=args.dtype,
+        dtype=guided.dtype,
         denoise_to_zero=args.denoise_to_zero,
         label=None if args.label is None else int(task.labels[0]),
         seed=args.seed,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer, settings
@@ -14,7 +16,7 @@ from evodiff_jax.schedules import some_levels
 from evodiff_jax.types import Denoiser
 
 if TYPE_CHECKING:
-    from evodiff_jax.pretrained import Model
+    from evodiff_jax.pretrained import Model, Pipeline
 
 
 class Guided(NamedTuple):
@@ -23,11 +25,13 @@ class Guided(NamedTuple):
     Attributes:
       model: the diffusion model.
       classifier: the classifier of noisy images, or None.
-      params: the parameters of both.
+      params: the parameters of both, and of the autoencoder.
       num_classes: how many classes there are to ask for, 0 for none.
       make_denoiser: make_denoiser(params, labels) -> denoise(x, t); labels are not read where there are no classes.
       words: how it is guided, "" where it is not.
       settings: the same for a store of runs.
+      dtype: what the network computes in, by name.
+      decode: decode(params, x) -> the images of samples, one after another; x itself for a model of pixels.
     """
 
     model: Model
@@ -37,6 +41,8 @@ class Guided(NamedTuple):
     make_denoiser: Callable[[Any, Any], Denoiser]
     words: str
     settings: dict[str, Any]
+    dtype: str
+    decode: Callable[[Any, jax.Array], jax.Array]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, classes: str) -> None:
@@ -46,10 +52,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: str) -> None:
         "--checkpoint",
         default="fashion_mnist",
         metavar="PATH",
-        help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
+        help="model: a public checkpoint, a folder in diffusers' layout, or what training wrote (default: the packaged "
+        "model)",
     )
     add_checkpoint_arguments(parser)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)")
+    add("--autoencoder", metavar="PATH", help="folder of the autoencoder, for a file of a model of latents such as DiT")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the network (default: float32, of folders on accelerators bfloat16)",
+    )
     add("--class", dest="label", metavar="CLASS", help=f"number or name of one class (default: {classes})")
     scale = {"type": guidance, "default": 1.0, "metavar": "SCALE"}
     add("--guidance", help="classifier-free guidance (default: 1, which is none)", **scale)
@@ -71,9 +83,16 @@ def load_guided(args: argparse.Namespace) -> Guided:
 
     if args.classifier is None and args.classifier_config is not None:
         raise ValueError("argument --classifier-config: not without --classifier")
-    model = pretrained.load(args.checkpoint, dtype=args.dtype, config=args.config, entry=args.entry)
-    if model.image_shape[2] not in (1, 3):
-        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a PNG shows 1 or 3")
+    dtype = args.dtype or (pretrained.default_dtype() if Path(args.checkpoint).is_dir() else "float32")
+    model, pipeline = _loaded(args, dtype)
+    if pipeline is not None and pipeline.encoders:
+        raise ValueError(f"{args.checkpoint} makes pictures of texts: give --prompt, which the command sample has")
+    if pipeline is None and model.image_shape[2] not in (1, 3):
+        channels = model.image_shape[2]
+        raise ValueError(
+            f"{args.checkpoint} makes images of {channels} channels; a PNG shows 1 or 3: if they are latents, give "
+            "--autoencoder"
+        )
     classifier = None
     if args.classifier is not None:
         classifier = _checked(pretrained.load(args.classifier, config=args.classifier_config), model)
@@ -86,14 +105,38 @@ def load_guided(args: argparse.Namespace) -> Guided:
         log_prob = classifier.log_prob(params[1], labels)
         return classifier_guidance(denoise, log_prob, model.schedule, args.classifier_scale)
 
-    params = model.params, None if classifier is None else classifier.params
+    def decode(params: Any, x: jax.Array) -> jax.Array:
+        if pipeline is None:
+            return x
+        of_one = pipeline.decode
+        return jax.lax.map(lambda latent: of_one({"autoencoder": params[2]}, latent[None])[0], x)
+
+    of_autoencoder = None if pipeline is None else pipeline.autoencoder.params
+    params = model.params, None if classifier is None else classifier.params, of_autoencoder
     make_denoiser(params, np.zeros(1, np.int32))  # so that what does not fit is known before anything is compiled
     words = "" if args.guidance == 1 else f", guidance {args.guidance:g}"
     described: dict[str, Any] = {"guidance": args.guidance}
     if classifier is not None:
         words += f", guided by {classifier.name}, scale {args.classifier_scale:g}"
         described |= {"classifier": classifier.digest, "classifier_scale": args.classifier_scale}
-    return Guided(model, classifier, params, classes, make_denoiser, words, described)
+    return Guided(model, classifier, params, classes, make_denoiser, words, described, dtype, decode)
+
+
+def _loaded(args: argparse.Namespace, dtype: str) -> tuple[Model, Pipeline | None]:
+    """The model, and for one of latents the pipeline with its autoencoder."""
+    from evodiff_jax import pretrained
+
+    path = Path(args.checkpoint)
+    if path.is_dir() and pretrained.is_pipeline(path):
+        for option, given in (("--config", args.config), ("--entry", args.entry), ("--autoencoder", args.autoencoder)):
+            if given is not None:
+                raise ValueError(f"argument {option}: not with {path}, a folder that has all that it needs")
+        pipeline = pretrained.load_pipeline(path, dtype=dtype)
+        return pipeline.network, pipeline
+    model = pretrained.load(args.checkpoint, dtype=dtype, config=args.config, entry=args.entry)
+    if args.autoencoder is None:
+        return model, None
+    return model, pretrained.with_autoencoder(model, pretrained.load(args.autoencoder, dtype=dtype))
 
 
 def class_number(label: str, num_classes: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.files import check_writable
+from evodiff_jax.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,3 +81,19 @@ def check_folder(option: str, path: Path) -> None:
         check_writable(path / "test" if path.exists() else path)
     except OSError as error:
         raise ValueError(f"argument {option}: cannot write to {str(path)!r}: {error.strerror}") from error
+
+
+def write_all(writes: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
+    """Writes as many of the files as can be written.
+
+    Raises:
+      OSError: one or more could not be written; the message names all of them.
+    """
+    failures: list[OSError] = []
+    for path, write in writes.items():
+        try:
+            write_atomically(path, write)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise OSError("; ".join(map(str, failures))) from failures[0]

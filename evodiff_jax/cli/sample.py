@@ -13,10 +13,10 @@ import numpy as np
 
 from evodiff_jax.cli.arguments import integer
 from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
-from evodiff_jax.cli.output import check_output, make_picture
+from evodiff_jax.cli.output import check_output, make_picture, write_all
 from evodiff_jax.cli.plans import origin, read_plan, warn_of_guidance
+from evodiff_jax.cli.prompts import BATCH, add_prompt_arguments, check_prompt_arguments, run_prompts
 from evodiff_jax.extras import require
-from evodiff_jax.files import write_atomically
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan
 from evodiff_jax.solvers import FORMS
@@ -27,6 +27,7 @@ _MAX_STEPS = 1_000
 _SOLVER = "variance_optimal"
 _GRID = "log_snr"
 _STEPS = 10
+_NUM = 64
 _SOLVER_HELP = (
     f"one of {', '.join(FORMS)} (default: {_SOLVER}, which had the smallest errors over the models of "
     "benchmarks/RESULTS.md); heun, dpm_2 and the like take two model calls a step"
@@ -50,14 +51,15 @@ class Run(NamedTuple):
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `evodiff-jax sample`."""
     add = parser.add_argument
-    add("--num", type=integer(1, _MAX_IMAGES), default=64, help="images (default: %(default)s)")
-    add("--batch", type=integer(1, _MAX_IMAGES), default=64, help="images at a time (default: %(default)s)")
+    add("--num", type=integer(1, _MAX_IMAGES), help=f"images (default: {_NUM}), or pictures a prompt (default: 1)")
+    add("--batch", type=integer(1, _MAX_IMAGES), help=f"images at a time (default: {_NUM}, of prompts {BATCH})")
     add("--steps", type=integer(1, _MAX_STEPS), help=f"steps (default: {_STEPS})")
     add("--solver", choices=FORMS, metavar="SOLVER", help=_SOLVER_HELP)
     add("--grid", choices=GRIDS, help=f"where the steps are (default: {_GRID})")
     add("--plan", metavar="FILE", help="a fitted plan, from the command fit or packaged, in place of these three")
     add_model_arguments(parser, "all in turn")
     add("--out", type=Path, default=Path("evodiff_samples.png"), metavar="PNG", help="picture (default: %(default)s)")
+    add_prompt_arguments(parser)
     add("--npz", type=Path, metavar="NPZ", help="write the images as float32 (N, H, W, C) and their labels too")
 
 
@@ -80,15 +82,20 @@ def run_sample(args: argparse.Namespace) -> None:
         check_output("--npz", args.npz, ".npz")
 
     require("tqdm", "PIL", extra="models")
+    if check_prompt_arguments(args):
+        solver, grid = args.solver or _SOLVER, args.grid or _GRID
+        return run_prompts(args, solver, grid, _STEPS if args.steps is None else args.steps)
     from evodiff_jax import evaluation
 
     if args.plan is not None and not denoises_to_zero(read_plan("--plan", args.plan).plan) and args.denoise_to_zero:
         raise ValueError("argument --denoise-to-zero: not with --plan, and this plan was fitted without")
     guided = load_guided(args)
-    model, batch = guided.model, min(args.batch, args.num)
-    labels = make_labels(args.num, guided.num_classes, args.label)
+    model, num = guided.model, args.num or _NUM
+    batch = min(args.batch or _NUM, num)
+    labels = make_labels(num, guided.num_classes, args.label)
     run_of, solver = _plan_of(args, guided)
-    sampler = evaluation.program_from_key(guided.make_denoiser, model.schedule, model.image_shape)
+    latents = evaluation.program_from_key(guided.make_denoiser, model.schedule, model.image_shape)
+    sampler = lambda params, *others: guided.decode(params, latents(params, *others))
     try:
         run = run_batches(sampler, run_of, guided.params, jax.random.key(args.seed), labels, batch)
     except jax.errors.JaxRuntimeError as error:
@@ -112,10 +119,10 @@ def run_sample(args: argparse.Namespace) -> None:
     device = jax.devices()[0]
     outputs = args.out if args.npz is None else f"{args.out}, {args.npz}"
     twice = "" if evaluations == calls else f", {evaluations} network evaluations"
-    print(f"model    {model.name}, {parameters:,} parameters, {args.dtype}")
+    print(f"model    {model.name}, {parameters:,} parameters, {guided.dtype}")
     print(f"solver   {solver}")
     print(f"NFE      {calls} model calls a sample{twice}{guided.words}")
-    print(f"images   {args.num} in batches of {batch}, seed {args.seed}")
+    print(f"images   {num} in batches of {batch}, seed {args.seed}")
     print(f"compile  {run.compile_seconds:.2f} s")
     print(f"sample   {run.batch_seconds:.3f} s a batch, {batch / run.batch_seconds:.1f} images/s")
     print(f"device   {device.platform}, {device.device_kind}")
@@ -196,19 +203,3 @@ def run_batches(
             images.append(np.asarray(x))
             bar.update(min(batch, num - bar.n))
     return Run(np.concatenate(images)[:num], compiled_at - start, sampling / len(indices))
-
-
-def write_all(writes: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
-    """Writes as many of the files as can be written.
-
-    Raises:
-      OSError: one or more could not be written; the message names all of them.
-    """
-    failures: list[OSError] = []
-    for path, write in writes.items():
-        try:
-            write_atomically(path, write)
-        except OSError as error:
-            failures.append(error)
-    if failures:
-        raise OSError("; ".join(map(str, failures))) from failures[0]

@@ -66,6 +66,7 @@ class Source(NamedTuple):
     num_classes: int = 0
     label: int | None = None
     settings: Mapping[str, Any] = {}
+    decode: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 class Fid(NamedTuple):
@@ -275,6 +276,7 @@ def _sampler(source: Source, uint8: str) -> Callable[..., tuple[jax.Array, jax.A
             else:
                 labels = jnp.full(len(indices), source.label, jnp.int32)
         x = run(params, key, indices, labels, laid_out)
+        x = x if source.decode is None else source.decode(params, x)
         finite = jnp.isfinite(x).all(tuple(range(1, x.ndim)))
         x = jnp.where(finite[:, None, None, None], x, 0)
         return jnp.broadcast_to(to_uint8(x, uint8), (*x.shape[:-1], 3)), finite

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,3 @@ def sampled_component(path: Path, found: Mapping[str, Component]) -> Component:
         if name in found:
             return found[name]
     raise ValueError(f"{path} has neither a {' nor a '.join(_SAMPLED)}; its index names {', '.join(found)}")
-
-
-def digest_of_all(digests: list[str]) -> str:
-    """One digest of several."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

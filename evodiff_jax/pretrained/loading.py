@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evodiff_jax.pretrained import checkpoint, packaged
+from evodiff_jax.pretrained import checkpoint, folder_models, packaged
 from evodiff_jax.pretrained.adm_release import RELEASED
+from evodiff_jax.pretrained.dit import release as dit_release
+from evodiff_jax.pretrained.folders import components, is_folder_of, weights
 from evodiff_jax.pretrained.model import FAMILIES, Model, build, digest_of, from_state
 from evodiff_jax.pretrained.reading import Contents, inspect, read
 from evodiff_jax.pretrained.states import Origin, check
 
 _KIND = "original state"
+_OF_FOLDERS = ("conv_in.", "encoder.", "decoder.", "text_model.", "embeddings.", "transformer_blocks.", "pos_embed.")
 _told: set[str] = set()  # licences that this process has been told of
 
 
@@ -66,11 +69,14 @@ def load(
 
     Files are known by their content: pickles of EDM, PyTorch files of state dicts (new and old format), safetensors, by
     themselves or as the index of several, and what training or `convert` wrote. They may hold a diffusion model of EDM
-    or guided-diffusion, a classifier of guided-diffusion, or the Inception network of pytorch-fid. The licence of
-    weights that are not for commercial use is printed to stderr, once.
+    or guided-diffusion, a classifier of guided-diffusion, DiT, SiT, or the Inception network of pytorch-fid. The
+    licence of weights that are not for commercial use is printed to stderr, once.
+
+    Folders are those of diffusers: of one network, as the U-Net, the autoencoder or a text encoder of a pipeline is, or
+    of a pipeline without latents, as google/ddpm-cifar10-32 is; the whole of another is for `load_pipeline`.
 
     Args:
-      name_or_path: the name of a packaged model, or the path of a file.
+      name_or_path: the name of a packaged model, or the path of a file or folder.
       dtype: what the network computes in, "float32" or "bfloat16", see `from_state`.
       config: settings in place of the file's own, or of those that guided-diffusion's released files are known to have.
       entry: which state dict to take of a training checkpoint that holds several, for example "ema".
@@ -79,11 +85,17 @@ def load(
       The model.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: there is no such file or folder.
       ValueError: no packaged model has this name; the file is damaged, of an unknown kind, or holds what must not be
         read; its network or configuration is not known, or does not fit its arrays.
     """
     path = packaged.locate(name_or_path)
+    if path.is_dir():
+        if entry is not None:
+            raise ValueError(f"{path} is a folder, whose files have no entries; leave out entry {entry!r}")
+        model = folder_models.load_folder(path, dtype=dtype, config=config)
+        _tell(model.name, model.network.origin)
+        return model
     contents = read(path, entry=entry)
     if _is_ours(contents):
         if config:
@@ -111,11 +123,24 @@ def recognise(path: Path, contents: Contents, config: Mapping[str, Any] | None =
     if contents.cls is not None:
         return Recognised("edm", contents.cls, {**(contents.arguments or {}), **given})
     names = contents.arrays
+    beside = path.parent / "config.json"
+    if beside.is_file() and any(name.startswith(_OF_FOLDERS) for name in names):
+        component = components(path.parent)[""] if is_folder_of(path.parent) == "network" else None
+        if component is not None:
+            cls = folder_models.class_of(component)
+            return Recognised(folder_models.FAMILY_OF[cls], cls, {**component.config, **given})
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        raise ValueError(
+            f"{path} is a single file of Stable Diffusion in its first release's layout, which is not read: get the "
+            "model as a folder in diffusers' layout, with model_index.json, unet/, vae/, text_encoder/ and so on"
+        )
     if "Conv2d_1a_3x3.conv.weight" in names:
         return Recognised("inception", "InceptionV3", given)
     if "input_blocks.0.0.weight" in names:
         cls = "UNetModel" if any(name.startswith("output_blocks.") for name in names) else "EncoderUNetModel"
         return Recognised("adm", given.pop("cls", cls), _adm_arguments(path, given))
+    if "x_embedder.proj.weight" in names and "blocks.0.attn.qkv.weight" in names:
+        return Recognised("dit", *dit_release.recognise(path, names, given))
     if any(name.endswith("map_layer0.weight") for name in names):
         if "cls" not in given:
             raise ValueError(
@@ -124,8 +149,8 @@ def recognise(path: Path, contents: Contents, config: Mapping[str, Any] | None =
             )
         return Recognised("edm", given.pop("cls"), given)
     raise ValueError(
-        f"{path} holds no network that is known here (EDM, guided-diffusion, Inception of pytorch-fid): its arrays "
-        f"begin with {', '.join(list(names)[:3]) or 'nothing'}"
+        f"{path} holds no network that is known here (EDM, guided-diffusion, DiT, SiT, Inception of pytorch-fid): its "
+        f"arrays begin with {', '.join(list(names)[:3]) or 'nothing'}"
     )
 
 
@@ -180,12 +205,31 @@ def describe(
             recognised = recognise(path, contents, config)
             if recognised.family in FAMILIES:
                 licence = FAMILIES[recognised.family].origin.licence
-            check(build(*recognised), contents.arrays, recognised.cls)
+            network = build(*recognised)
+            licence = network.origin.licence
+            check(network, contents.arrays, recognised.cls)
         except ValueError as error:
             problem = str(error)
     arrays = {name: (array.shape, str(array.dtype)) for name, array in contents.arrays.items()}
     size = sum(array.nbytes for array in contents.arrays.values())
     return Description(contents.format, recognised, problem, licence, arrays, size, contents.refused)
+
+
+def describe_folder(path: Path) -> dict[str, Description]:
+    """What the networks of a folder are, by the names of its components; that of a single one is "".
+
+    Raises:
+      ValueError: the folder is none of diffusers'.
+    """
+    found = {}
+    for name, component in components(path).items():
+        if name in folder_models.UNUSED or name.startswith("tokenizer"):
+            continue
+        try:
+            found[name] = describe(weights(component))
+        except ValueError as error:
+            found[name] = Description("", None, str(error), "", {}, 0, ())
+    return found
 
 
 def _is_ours(contents: Contents) -> bool:

@@ -7,7 +7,8 @@ program rather than constants baked into it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jax.core import Tracer
 from evodiff_jax.denoisers import classifier_free_guidance, clip, dynamic_threshold, from_prediction
 from evodiff_jax.pretrained import adm_release, edm, inception
 from evodiff_jax.pretrained.diffusers import autoencoder_kl, unet2d, unet2d_condition
+from evodiff_jax.pretrained.dit import release as dit
 from evodiff_jax.pretrained.states import Network, Origin, apply, restore
 from evodiff_jax.pretrained.text import clip as clip_text
 from evodiff_jax.schedules import NoiseSchedule
@@ -46,6 +48,7 @@ FAMILIES = {
     "unet2d_condition": Family(unet2d_condition.ORIGIN, unet2d_condition.build),
     "autoencoder_kl": Family(autoencoder_kl.ORIGIN, autoencoder_kl.build),
     "clip_text": Family(clip_text.ORIGIN, clip_text.build),
+    "dit": Family(dit.ORIGIN, dit.build),
 }
 """Families by name."""
 
@@ -85,8 +88,10 @@ class Model(NamedTuple):
           ValueError: the network is no diffusion model, nor a classifier of noisy images.
         """
         if self.network.schedule is None:
-            alone = "; load the folder that its scheduler is in too" if self.network.predict is not None else ""
-            raise ValueError(f"{self.name} ({self.cls}) has no noise schedule: it is no diffusion model by itself{alone}")
+            where = "; load the folder that its scheduler is in too" if self.network.predict is not None else ""
+            raise ValueError(
+                f"{self.name} ({self.cls}) has no noise schedule: it is no diffusion model by itself{where}"
+            )
         return self.network.schedule
 
     @property
@@ -280,9 +285,18 @@ def limited(denoise: Denoiser, network: Network) -> Denoiser:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; of weights in parts that of the digests of all files."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.suffix != ".json":
+        return digest
+    parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    return digest_of_all([digest, *(digest_of(path.parent / part) for part in parts)])
+
+
+def digest_of_all(digests: Sequence[str]) -> str:
+    """One digest of several."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def build(family: str, cls: str, arguments: Mapping[str, Any], dtype: str = "float32") -> Network:

@@ -64,7 +64,10 @@ def read_scheduler(config: Mapping[str, Any]) -> Scheduler:
     if prediction not in _PREDICTIONS:
         raise ValueError(f"unknown prediction_type {prediction!r} of {cls}; known: {', '.join(_PREDICTIONS)}")
     if zero_snr and prediction == "epsilon":
-        raise ValueError(f"{cls} has rescale_betas_zero_snr, and noise without signal says nothing of the data: epsilon")
+        raise ValueError(
+            f"{cls} has rescale_betas_zero_snr with prediction_type epsilon, which says nothing of the data where "
+            "there is no signal"
+        )
     schedule = discrete(alphas_cumprod=zero_terminal_snr(np.cumprod(1 - betas))) if zero_snr else discrete(betas)
     limit = percentile = None
     if _known(config, "thresholding", False, bool):

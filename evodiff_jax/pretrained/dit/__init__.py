@@ -1,0 +1,1 @@
+"""Diffusion transformers: DiT, SiT, and DiT in diffusers' form."""
