@@ -12,6 +12,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from evodiff_jax.numerics import at_least_float32
 from evodiff_jax.pretrained import blocks
@@ -190,7 +192,7 @@ def condition(net: Any, timesteps: Any, labels: Any, wide: Any) -> jax.Array:
       (B, width).
 
     Raises:
-      ValueError: labels are missing or superfluous.
+      ValueError: labels are missing, superfluous, or no classes of the network.
     """
     first, of = net.block_out_channels[0], type(net).__name__
     width = net.time_embedding_dim or 4 * first
@@ -199,6 +201,10 @@ def condition(net: Any, timesteps: Any, labels: Any, wide: Any) -> jax.Array:
         raise ValueError(f"{of} with this configuration has classes: give class_labels")
     if not (net.class_embed_type or table) and labels is not None:
         raise ValueError(f"{of} with this configuration has no classes: leave class_labels out")
+    if table and not isinstance(labels, Tracer):
+        known = np.asarray(labels)  # on the host, which is possible inside a trace too
+        if np.any((known < 0) | (known >= table)):
+            raise ValueError(f"class_labels of this {of} must be in 0 .. {table - 1}, got {known.tolist()}")
     time = Embedding(width, net.dtype, name="time_embedding")(sinusoids(net, timesteps, first, wide))
     if labels is None:
         return time

@@ -156,18 +156,20 @@ class UNet2DConditionModel(nn.Module):
 
     def _added(self, added: Mapping[str, Any] | None, wide: Any) -> jax.Array | float:
         """The embedding of a pooled text and of sizes (B, D), 0 for a network without."""
-        if bool(self.addition_embed_type) != bool(added):
-            which = "needs" if self.addition_embed_type else "does without"
-            raise ValueError(f"UNet2DConditionModel with this configuration {which} added_cond_kwargs")
+        needed = ("text_embeds", "time_ids") if self.addition_embed_type else ()
+        if sorted(added or ()) != sorted(needed):
+            names = " and ".join(needed) or "nothing"
+            got = ", ".join(added or ()) or "nothing"
+            raise ValueError(f"added_cond_kwargs of this UNet2DConditionModel must have {names}, got {got}")
         if not added:
             return 0.0
         pooled, sizes = jnp.asarray(added["text_embeds"], wide), jnp.asarray(added["time_ids"])
         waves = blocks.sinusoids(self, sizes.reshape(-1), self.addition_time_embed_dim, wide)
         vector = jnp.concatenate([pooled, waves.reshape(sizes.shape[0], -1)], axis=-1)
-        count, needed = vector.shape[-1], self.projection_class_embeddings_input_dim
-        if count != needed:
+        count, all_ = vector.shape[-1], self.projection_class_embeddings_input_dim
+        if count != all_:
             given = f"text_embeds of {pooled.shape[-1]} and {sizes.shape[-1]} time_ids"
-            raise ValueError(f"{given} make {count} numbers, the network needs {needed}")
+            raise ValueError(f"{given} make {count} numbers, the network needs {all_}")
         width = self.time_embedding_dim or 4 * self.block_out_channels[0]
         return blocks.Embedding(width, self.dtype, name="add_embedding")(vector)
 
