@@ -60,8 +60,8 @@ class UNet2DConditionModel(nn.Module):
     center_input_sample: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    down_block_types: tuple[str, ...] = (*_DOWN[1:], *_DOWN[1:], *_DOWN[1:], _DOWN[0])
-    up_block_types: tuple[str, ...] = (_UP[0], *_UP[1:], *_UP[1:], *_UP[1:])
+    down_block_types: tuple[str, ...] = (_DOWN[1], _DOWN[1], _DOWN[1], _DOWN[0])
+    up_block_types: tuple[str, ...] = (_UP[0], _UP[1], _UP[1], _UP[1])
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: tuple[int, ...] = (2, 2, 2, 2)
     downsample_padding: int = 1
