@@ -23,14 +23,19 @@ CASES = networks.names("dit")
 RELEASED = ("DiT-XL-2-256x256", "DiT-XL-2-512x512", "SiT-XL-2-256x256", "diffusers-DiT-XL-2-256")
 GUIDED = ("dit_learn_sigma", "sit_learn_sigma")
 BUILD = FAMILIES["dit"].build
-ALIKE = pytest.mark.slow
+# Those that are like others are among the slow tests.
+ALIKE = ("dit_learn_sigma", "diffusers_dit_small", "sit_patch4_own_pos_embed", "DiT-XL-2-512x512")
 
 
 def load(case, arrays, **options):
     return pretrained.from_state(case.family, case.cls, case.arguments, arrays, **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+def quick(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", quick(CASES))
 def test_outputs_of_the_original(name):
     case = networks.Case("dit", name)
     model = load(case, case.arrays())
@@ -68,7 +73,7 @@ def test_guided_outputs_of_the_original(name):
     assert networks.error(sign * output, case.output("guided64")[..., :channels]) < 1e-12
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", quick(RELEASED))
 def test_arrays_of_the_released_files(name):
     released = networks.full_size(name)
     shapes = original_shapes(BUILD(released["cls"], released["arguments"], None))
@@ -151,7 +156,7 @@ def test_a_network_without_a_row_for_no_class_needs_labels():
         model.apply(model.params, x=np.zeros((1, 8, 8, 3)), timesteps=np.zeros(1), y=np.zeros(1, int))
 
 
-@pytest.mark.parametrize("name", ["dit_learn_sigma", pytest.param("diffusers_dit", marks=ALIKE)])
+@pytest.mark.parametrize("name", ["dit_learn_sigma", pytest.param("diffusers_dit", marks=pytest.mark.slow)])
 def test_bfloat16_is_near_and_keeps_the_ends_in_float32(name):
     case = networks.Case("dit", name)
     model = load(case, case.arrays(), dtype="bfloat16")

@@ -1,5 +1,6 @@
 """CLIP's tokenizer against tokens of transformers, made with the vocabulary beside them."""
 
+import importlib.util
 import json
 import shutil
 
@@ -172,6 +173,12 @@ def test_files_that_are_missing_or_damaged(folder):
         with pytest.raises(ValueError, match=message) as raised:
             load_tokenizer(folder)
         assert "\n" not in str(raised.value)
+
+
+def test_the_package_is_asked_for_when_it_is_needed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"tokenizers is not installed .*: pip install 'evodiff-jax\[text\]'"):
+        load_tokenizer(SOURCE)
 
 
 def test_a_single_text_is_no_list_of_texts():

@@ -59,7 +59,8 @@ class CLIPTextModel(nn.Module):
 
         Args:
           input_ids: (B, T), integers from 0 to vocab_size - 1, T at most max_position_embeddings.
-          skip: how many of the last layers "skipped" and "skipped_normed" leave out, a Python integer from 0 to N.
+          skip: how many of the last layers "skipped" and "skipped_normed" leave out, from 0 to N: a Python integer,
+            which `module.apply` takes as it is; in a jitted function `Model.apply` would make it an array.
 
         Returns:
           "last", the final norm of h_N; "penultimate", h_{N-1}, and "penultimate_normed", its final norm; "skipped",
