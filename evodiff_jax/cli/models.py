@@ -116,6 +116,8 @@ def load_guided(args: argparse.Namespace) -> Guided:
     make_denoiser(params, np.zeros(1, np.int32))  # so that what does not fit is known before anything is compiled
     words = "" if args.guidance == 1 else f", guidance {args.guidance:g}"
     described: dict[str, Any] = {"guidance": args.guidance}
+    if pipeline is not None:
+        described["autoencoder"] = pipeline.autoencoder.digest
     if classifier is not None:
         words += f", guided by {classifier.name}, scale {args.classifier_scale:g}"
         described |= {"classifier": classifier.digest, "classifier_scale": args.classifier_scale}

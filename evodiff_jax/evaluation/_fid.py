@@ -57,6 +57,7 @@ class Source(NamedTuple):
       num_classes: 0 for samples without labels.
       label: the class of all samples; None for classes drawn uniformly at random.
       settings: what determines the samples besides, as JSON, so that runs of others are not mixed with them.
+      decode: decode(params, x) -> the images of samples that are latents; None where samples are images.
     """
 
     make_denoiser: Callable[[Any, Any], Denoiser]
