@@ -146,7 +146,7 @@ def test_bad_checkpoints(capsys, folder, tiny):
         ("broken.safetensors", "not finite"),
         ("integers.safetensors", "has numbers of type int32, floating-point ones are needed"),
         ("huge.safetensors", "images of 100000 x 100000 have 2,500,000,000 positions at the coarsest level"),
-        (str(folder), "is a folder"),
+        (str(folder), "is no folder in diffusers' layout"),
     ):
         assert_refused(capsys, folder, ["sample", "--num", "1", "--steps", "1", "--checkpoint", path], reason)
 

@@ -174,7 +174,7 @@ def test_unknown_names_and_missing_files(folder):
         pretrained.load("cifar10")
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.pkl"):
         pretrained.load("nowhere.pkl")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="is no folder in diffusers"):
         pretrained.load(folder)
 
 
@@ -325,7 +325,7 @@ def test_info_and_convert_refuse_in_one_line(folder, adm_file, capsys):
     (folder / "page.pt").write_text("<!DOCTYPE html><html></html>")
     for arguments, reason in (
         (("info", "nowhere.pt"), "no file nowhere.pt"),
-        (("info", folder), "is a folder"),
+        (("info", folder), "is no folder in diffusers"),
         (("info", "page.pt"), "web page"),
         (("convert", "nowhere.pt", "x.safetensors"), "no file nowhere.pt"),
         (("convert", adm_file, "x.safetensors"), "named like none of the released ones"),

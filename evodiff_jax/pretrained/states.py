@@ -232,7 +232,7 @@ def _original_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _converted(path: str, array: Any, stored: Any) -> jax.Array:
     dtype = jnp.float64 if array.dtype == np.float64 and jax.config.read("jax_enable_x64") else jnp.float32
-    if stored is not None and array.ndim > 1:
+    if stored is not None and path.endswith(("kernel", "embedding")):
         dtype = stored
     if path.endswith("kernel"):
         array = array.transpose(*range(2, array.ndim), 1, 0)
