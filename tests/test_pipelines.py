@@ -6,6 +6,8 @@ DPMSolverMultistepScheduler in 9 with timestep_spacing "linspace" and final_sigm
 """
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -66,6 +68,15 @@ def test_pictures_of_diffusers(tmp_path, name, solver):
     images = run(pipeline.params, text, GOLDEN["latents"], SOLVERS[solver](pipeline.schedule))
     assert images.dtype == jnp.float32
     np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), GOLDEN[f"{name}/{solver}"], atol=5e-5)
+
+
+@pytest.mark.slow
+def test_sides_that_cannot_be_halved(tmp_path):
+    """`odd/y` is what the U-Net of the folder in diffusers makes of latents of 7 x 9."""
+    unet = pretrained.load(pipelines.write_sd1(tmp_path / "sd1") / "unet")
+    given = {name: GOLDEN[f"odd/{name}"] for name in ("x", "encoder_hidden_states", "timesteps")}
+    output = jax.jit(lambda params: unet.apply(params, **given))(unet.params)
+    np.testing.assert_allclose(output, GOLDEN["odd/y"], atol=1e-5)
 
 
 # -- what a scheduler says
@@ -406,7 +417,7 @@ def test_a_picture_is_that_of_its_prompt_and_seed_in_every_batch(folders, capsys
         ([], "makes pictures of texts: give --prompt, which the command sample has"),
         (
             ["--size", "30x32", "--prompt", "a"],
-            "argument --size: sd1 makes images whose sides are multiples of 8, got 30",
+            "argument --size: sd1 makes images whose sides are multiples of 4, got 30",
         ),
         (["--size", "wide", "--prompt", "a"], "argument --size: must be height and width in pixels, such as 512x768"),
         (["--strength", "0", "--prompt", "a"], "argument --strength: must be above 0 and at most 1, got '0'"),
@@ -485,3 +496,57 @@ def test_a_file_of_classes_with_an_autoencoder(folders, capsys, tmp_path, monkey
     assert code == 0
     assert "non-commercial" in err
     assert np.load("a.npz")["images"].shape == (1, 32, 32, 3)
+
+
+# -- the page
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
+
+
+def read_page(folder):
+    """Runs the blocks of the page in a folder that has small models under the names in them."""
+    pipelines.write_sd1(folder / "stable-diffusion-v1-5")
+    pipelines.write_xl(folder / "stable-diffusion-xl-base-1.0")
+    shutil.copytree(folder / "stable-diffusion-v1-5" / "vae", folder / "sd-vae-ft-ema")
+    case = networks.Case("dit", "sit_learn_sigma")
+    writers.write_torch_zip(folder / "SiT.pt", case.arrays())
+    pretrained.convert(folder / "SiT.pt", folder / "SiT.safetensors", config=case.arguments)
+    (folder / "SiT.safetensors").rename(folder / "SiT-XL-2-256x256.pt")  # a file is known by its content
+    names = {}
+    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+            exec(compile(block, section.split("\n")[0], "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = read_page(tmp_path)
+    assert found["make"]._cache_size() == 2  # for all numbers of steps, and for a batch that is sharded
+    image = np.asarray(found["image"])
+    np.testing.assert_array_equal(pixels("cat.png"), found["picture"])
+    for name in ("images", "changed", "filled", "retriever", "again", "pictures"):
+        assert found[name].shape == (1, 32, 32, 3)
+        assert np.isfinite(found[name]).all()
+    np.testing.assert_array_equal(found["filled"][:, 16:], image[:, 16:])
+    assert np.abs(found["filled"][:, :16] - image[:, :16]).max() > 0.1
+    np.testing.assert_allclose(found["pictures"][0], make_alone(found), atol=1e-4)
+    assert found["shape"] == (192, 336, 4)
+    expected = [1536, 2688, 0, 0, 768, 1344]
+    np.testing.assert_array_equal(found["told"].condition["added_cond_kwargs"]["time_ids"], [expected])
+    assert found["latents"].shape == (1, 8, 8, 4)
+
+
+def make_alone(found):
+    """The picture of the sharded run's first prompt and noise by itself."""
+    text = found["pipeline"].text(found["params"], ["a cat"], ["blurry"])
+    return found["make"](found["params"], text, found["noises"][:1], found["plan"])[0]
+
+
+def test_the_commands_of_the_page_are_understood():
+    commands = re.findall(r"^    evodiff-jax (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command))

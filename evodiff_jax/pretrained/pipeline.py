@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from evodiff_jax.denoisers import classifier_free_guidance, from_prediction
 from evodiff_jax.pretrained import folder_models as folder_of
@@ -97,7 +96,7 @@ class Pipeline(NamedTuple):
         Raises:
           ValueError: the sides are no multiples of what the networks halve them to.
         """
-        step = self.factor * 2 ** _halvings(self.network)
+        step = self.factor * _step(self.network)
         if any(side < 1 or side % step for side in size):
             raise ValueError(f"{self.name} makes images whose sides are multiples of {step}, got {size[0]} x {size[1]}")
         height, width = (side // self.factor for side in size)
@@ -375,9 +374,9 @@ def _halves(given: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
     return {name: jnp.split(value, 2) for name, value in given.items()}
 
 
-def _halvings(network: Model) -> int:
-    """How often a network halves the latents' sides; a transformer of patches divides them once."""
+def _step(network: Model) -> int:
+    """What the sides of latents must be multiples of."""
     module = network.module
-    if hasattr(module, "block_out_channels"):
-        return len(module.block_out_channels) - 1
-    return int(np.log2(getattr(module, "patch_size", 1)))
+    if network.cls == "UNet2DModel":
+        return 2 ** (len(module.block_out_channels) - 1)
+    return getattr(module, "patch_size", 1)

@@ -125,14 +125,19 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Doubles height and width by repetition, then a convolution."""
+    """Doubles height and width by repetition, then a convolution; where a side was odd, it is one less than that."""
 
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (B, H, W, C) to (B, 2 H, 2 W, C)."""
-        return blocks.conv(x.shape[-1], 3, self.dtype, "conv")(blocks.upsample(x, _BOX))
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        """Maps (B, H, W, C) to (B, 2 H, 2 W, C), or to the size given."""
+        _, height, width, channels = x.shape
+        if size in (None, (2 * height, 2 * width)):
+            h = blocks.upsample(x, _BOX)
+        else:
+            h = x[:, np.arange(size[0]) * height // size[0]][:, :, np.arange(size[1]) * width // size[1]]
+        return blocks.conv(channels, 3, self.dtype, "conv")(h)
 
 
 def u_shaped(
@@ -141,7 +146,7 @@ def u_shaped(
     layer: Callable[[str, int, int, jax.Array], jax.Array],
     down: Callable[[int, jax.Array], jax.Array],
     middle: Callable[[jax.Array], jax.Array],
-    up: Callable[[int, jax.Array], jax.Array],
+    up: Callable[[int, jax.Array, tuple[int, int]], jax.Array],
 ) -> jax.Array:
     """Goes down the levels and up again, where every layer is given an output of the way down beside its input.
 
@@ -151,7 +156,7 @@ def u_shaped(
       layer: layer(way, index, level, h), of the way "down_blocks_0" or "up_blocks_0", a block, and a layer's index.
       down: down(level, h) -> half the size, from a level to the next.
       middle: between the ways.
-      up: up(level, h) -> twice the size, from a level to the one above.
+      up: up(level, h, size) -> twice the size, from a level to the one above, whose height and width are given.
 
     Returns:
       (B, H, W, width of level 0).
@@ -170,7 +175,7 @@ def u_shaped(
         for i in range(layers[level] + 1):
             h = layer(f"up_blocks_{last - level}", i, level, jnp.concatenate([h, skips.pop()], axis=-1))
         if level:
-            h = up(level, h)
+            h = up(level, h, skips[-1].shape[1:3])
     return h
 
 

@@ -107,7 +107,7 @@ class UNet2DModel(nn.Module):
                 h = attention("mid_block_attentions_0", h, groups, divisor)
             return resnet("mid_block_resnets_1", last, h, divisor=divisor)
 
-        def up(level: int, h: jax.Array) -> jax.Array:
+        def up(level: int, h: jax.Array, _: tuple[int, int]) -> jax.Array:
             name = f"up_blocks_{last - level}_upsamplers_0"
             if _by_resnet(self.up_block_types[last - level], self.upsample_type):
                 return resnet(name, level, h, "up")

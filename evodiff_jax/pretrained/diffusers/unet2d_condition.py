@@ -93,7 +93,7 @@ class UNet2DConditionModel(nn.Module):
         """Evaluates the network.
 
         Args:
-          x: (B, H, W, in_channels), of sides that are multiples of 2^(levels - 1).
+          x: (B, H, W, in_channels).
           timesteps: (B,), which may be fractions.
           encoder_hidden_states: (B, T, cross_attention_dim), the text.
           class_labels: (B,), integer classes with `num_class_embeds` and numbers with `class_embed_type` "timestep", or
@@ -106,8 +106,7 @@ class UNet2DConditionModel(nn.Module):
         Raises:
           ValueError: an input is missing, superfluous or of another shape.
         """
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        blocks.check_image("UNet2DConditionModel", x, self.in_channels, factor)
+        blocks.check_image("UNet2DConditionModel", x, self.in_channels, 1)
         text = jnp.asarray(encoder_hidden_states)
         if text.ndim != 3 or text.shape[-1] != self.cross_attention_dim:
             needed = f"(B, T, {self.cross_attention_dim})"
@@ -147,8 +146,8 @@ class UNet2DConditionModel(nn.Module):
             h = attention("mid_block_attentions_0", last, h)
             return resnet("mid_block_resnets_1", last, h, self.mid_block_scale_factor)
 
-        def up(level: int, h: jax.Array) -> jax.Array:
-            return blocks.Upsampler(self.dtype, name=f"up_blocks_{last - level}_upsamplers_0")(h)
+        def up(level: int, h: jax.Array, size: tuple[int, int]) -> jax.Array:
+            return blocks.Upsampler(self.dtype, name=f"up_blocks_{last - level}_upsamplers_0")(h, size)
 
         h = blocks.u_shaped(h, self.layers_per_block, layer, down, middle, up)
         h = nn.silu(blocks.norm("conv_norm_out", self.norm_num_groups, self.norm_eps, self.dtype)(h))
