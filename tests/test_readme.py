@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/recipes.md", "docs/solvers.md"),
-    *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/fid.md", "docs/fitting.md", "benchmarks/RESULTS.md"),
+    *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/pipelines.md", "docs/fid.md", "docs/fitting.md"),
+    "benchmarks/RESULTS.md",
 ]
 LINKS = [
     (page, link)

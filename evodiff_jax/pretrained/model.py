@@ -321,13 +321,16 @@ def from_state(
     """A model from the arrays of an original state dict.
 
     Args:
-      family: "edm" (EDM), "adm" (guided-diffusion) or "inception" (pytorch-fid).
-      cls: the class of the original, such as "EDMPrecond", "UNetModel" or "EncoderUNetModel".
-      arguments: the arguments of its constructor, as plain numbers, strings and lists. Beside those of "adm" may stand
-        "noise_schedule" and "diffusion_steps"; the flags of the release in place of the arguments will do too.
+      family: "edm" (EDM), "adm" (guided-diffusion), "inception" (pytorch-fid), "unet2d", "unet2d_condition" and
+        "autoencoder_kl" (diffusers), "clip_text" (transformers) or "dit" (DiT, SiT, and DiT of diffusers).
+      cls: the class of the original, such as "EDMPrecond", "UNet2DConditionModel" or "CLIPTextModel".
+      arguments: the arguments of its constructor, as plain numbers, strings and lists; for classes of diffusers and
+        transformers the content of config.json will do too. Beside those of "adm" may stand "noise_schedule" and
+        "diffusion_steps"; the flags of the release in place of the arguments will do too.
       arrays: original name to array in the original layout, (out, in, height, width) for a convolution.
-      dtype: what the network computes in, "float32" or "bfloat16"; parameters are float32, and norms, softmax,
-        embeddings of the time and preconditioning are computed in float32 at least.
+      dtype: what the network computes in, "float32" or "bfloat16"; norms, softmax, embeddings of the time and
+        preconditioning are computed in float32 at least. Parameters are float32, but for kernels and tables of the
+        families of diffusers, transformers and DiT, which are stored in `dtype`.
       name: what to call the model, by default its class.
       digest: of the file that the arrays are from.
 
