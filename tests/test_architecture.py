@@ -21,6 +21,7 @@ LAYERS = [
     ["solvers", "citations"],
     ["sampling", "editing", "testing"],
     ["pretrained", "fitting"],
+    ["generation"],
     ["evaluation"],
     ["cli"],
     ["__main__"],

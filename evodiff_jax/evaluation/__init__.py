@@ -4,9 +4,8 @@ Runs are stored as they are made, so that a comparison can be interrupted and go
 """
 
 from evodiff_jax.evaluation._document import write_report
-from evodiff_jax.evaluation._fid import Fid, Source, evaluate, inception_features, skipped, source_of
+from evodiff_jax.evaluation._fid import Fid, evaluate, inception_features, skipped, source_of
 from evodiff_jax.evaluation._fid_report import aligned, fid_table, write_fid_report
-from evodiff_jax.evaluation._images import UINT8, to_uint8
 from evodiff_jax.evaluation._plots import check_plots
 from evodiff_jax.evaluation._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture
 from evodiff_jax.evaluation._reference import Reference, read_reference
@@ -18,13 +17,12 @@ from evodiff_jax.evaluation._runs import (
     Problem,
     converged,
     make_sampler,
-    program,
-    program_from_key,
     runs,
     times_of,
 )
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
-from evodiff_jax.evaluation._store import check_store, digest_of_plan, stored
+from evodiff_jax.evaluation._store import check_store, stored
+from evodiff_jax.generation import UINT8, Source, digest_of_plan, program, program_from_key, to_uint8
 
 __all__ = [
     "DETERMINISTIC",

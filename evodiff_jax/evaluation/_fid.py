@@ -20,17 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evodiff_jax.evaluation._images import UINT8, to_uint8
-from evodiff_jax.evaluation._problems import digest_of_params
 from evodiff_jax.evaluation._reference import DAMAGES, Reference, stored_rows
-from evodiff_jax.evaluation._runs import Run, program_from_key, runs
+from evodiff_jax.evaluation._runs import Run, runs
 from evodiff_jax.evaluation._statistics import Statistics, include, no_statistics
 from evodiff_jax.evaluation._store import Figures, check_store, path_of
 from evodiff_jax.evaluation.metrics import frechet_distance_of_statistics
 from evodiff_jax.files import write_atomically
+from evodiff_jax.generation import UINT8, Source, digest_of_params, images_from_key
 from evodiff_jax.grids import Grid
 from evodiff_jax.sampling import plan
-from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.tables import Plan, Solver, stack
 from evodiff_jax.types import Denoiser
 
@@ -40,34 +38,8 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 30.0
 """How often a run in progress is stored; a run that is stopped loses as much at most."""
 
-_CLASS_KEY = 2  # beside the two keys of `program_from_key`
-
 Features = Callable[[Any], Any]
 """features(images) -> (B, D), of uint8 images (B, H, W, 3) on the device."""
-
-
-class Source(NamedTuple):
-    """What is sampled.
-
-    Attributes:
-      make_denoiser: make_denoiser(params, labels) -> denoise(x, t), labels (B,) or None.
-      params: the parameters.
-      schedule: the noise schedule.
-      image_shape: (H, W, C) with one or three channels.
-      num_classes: 0 for samples without labels.
-      label: the class of all samples; None for classes drawn uniformly at random.
-      settings: what determines the samples besides, as JSON, so that runs of others are not mixed with them.
-      decode: decode(params, x) -> the images of samples that are latents; None where samples are images.
-    """
-
-    make_denoiser: Callable[[Any, Any], Denoiser]
-    params: Any
-    schedule: NoiseSchedule
-    image_shape: tuple[int, int, int]
-    num_classes: int = 0
-    label: int | None = None
-    settings: Mapping[str, Any] = {}
-    decode: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 class Fid(NamedTuple):
@@ -237,7 +209,8 @@ def evaluate(
         def batches(start: int, laid_out: Plan = laid_out) -> Iterator[tuple[Any, np.ndarray]]:
             for first in range(start, num, batch):
                 indices = np.arange(first, first + batch, dtype=np.uint32)
-                images, finite = sampler(source.params, key, indices, laid_out)
+                condition = None if source.conditions is None else source.conditions(indices)
+                images, finite = sampler(source.params, key, indices, condition, laid_out)
                 yield images, np.asarray(finite)[: num - first]
 
         path = path_of(folder, run.solver, run.grid, run.calls, run.digest).with_suffix(".npz")
@@ -262,25 +235,12 @@ def skipped(planned: Iterable[Run | Fid], grids: Iterable[str], calls: Iterable[
 
 
 def _sampler(source: Source, uint8: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The pure function (params, key, indices, plan) -> images (B, H, W, 3) of bytes and whether each is finite."""
-    run = program_from_key(source.make_denoiser, source.schedule, source.image_shape)
+    """The pure function (params, key, indices, condition, plan) -> bytes (B, H, W, 3), whether each is finite."""
+    run = images_from_key(source, uint8)
 
-    def draw(key: jax.Array, index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(key, index), _CLASS_KEY)
-        return jax.random.randint(key, (), 0, source.num_classes, jnp.int32)
-
-    def sampler(params: Any, key: jax.Array, indices: jax.Array, laid_out: Plan) -> tuple[jax.Array, jax.Array]:
-        labels = None
-        if source.num_classes:
-            if source.label is None:
-                labels = jax.vmap(functools.partial(draw, key))(indices)
-            else:
-                labels = jnp.full(len(indices), source.label, jnp.int32)
-        x = run(params, key, indices, labels, laid_out)
-        x = x if source.decode is None else source.decode(params, x)
-        finite = jnp.isfinite(x).all(tuple(range(1, x.ndim)))
-        x = jnp.where(finite[:, None, None, None], x, 0)
-        return jnp.broadcast_to(to_uint8(x, uint8), (*x.shape[:-1], 3)), finite
+    def sampler(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        images, finite = run(*arguments)
+        return jnp.broadcast_to(images, (*images.shape[:-1], 3)), finite
 
     return sampler
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.evaluation._images import to_uint8
 from evodiff_jax.evaluation._report import FIGURES, SUBJECT, grids_of, ranking
 from evodiff_jax.evaluation._results import Result
 from evodiff_jax.evaluation._runs import FITTED, Problem, converged
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
+from evodiff_jax.generation import to_uint8
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,6 +1,5 @@
 """Models to compare solvers on: exact ones, and image models with what judges their samples."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from evodiff_jax.denoisers import gaussian_mixture
 from evodiff_jax.evaluation._runs import Problem, converged
 from evodiff_jax.evaluation._store import check_store
 from evodiff_jax.evaluation.data import load_fashion_mnist
+from evodiff_jax.generation import digest_of_params
 from evodiff_jax.schedules import edm
 
 if TYPE_CHECKING:
@@ -178,11 +178,3 @@ def in_parts(function: Any, x: np.ndarray) -> np.ndarray:
     """A function of a batch of images on the device, applied to as many as there are."""
     parts = np.split(x, range(_IN_FEATURES, len(x), _IN_FEATURES))
     return np.concatenate([np.asarray(function(part)) for part in parts])
-
-
-def digest_of_params(params: Any) -> str:
-    """SHA-256 of a tree of arrays, in hexadecimal."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from evodiff_jax.evaluation._store import digest_of_plan, stored
+from evodiff_jax.evaluation._store import stored
+from evodiff_jax.generation import digest_of_plan, program
 from evodiff_jax.grids import Grid, log_snr
-from evodiff_jax.sampling import plan, sample
+from evodiff_jax.sampling import plan
 from evodiff_jax.schedules import NoiseSchedule
 from evodiff_jax.solvers import FORMS, unipc
 from evodiff_jax.tables import Plan, Solver
-from evodiff_jax.types import Denoiser
 
 _CONVERGED_STEPS = 200
 
@@ -136,38 +136,6 @@ def times_of(
         if plan(schedule, times, solver, denoise_to_zero=denoise_to_zero).calls == calls:
             return times
     return None
-
-
-def program(make_denoiser: Callable[[Any, Any], Denoiser]) -> Callable[..., Any]:
-    """The pure function (params, x_T, condition, key, plan) -> samples that every command runs, to be jitted.
-
-    Jitted it is compiled once for all plans of one shape: see `sampling.sample`.
-
-    Args:
-      make_denoiser: make_denoiser(params, condition) -> denoise(x, t) for the batch of that condition.
-    """
-
-    def run(params: Any, x_T: Any, condition: Any, key: Any, laid_out: Plan) -> Any:
-        return sample(make_denoiser(params, condition), x_T, laid_out, key=key)
-
-    return run
-
-
-def program_from_key(
-    make_denoiser: Callable[[Any, Any], Denoiser], schedule: NoiseSchedule, shape: tuple[int, ...]
-) -> Callable[..., jax.Array]:
-    """As `program`, the function (params, key, indices, condition, plan) -> samples (B, *shape) float32.
-
-    All randomness of sample i comes from (key, i), so that a sample does not depend on the batch it is made in.
-    """
-    run = program(make_denoiser)
-
-    def run_from_key(params: Any, key: jax.Array, indices: jax.Array, condition: Any, laid_out: Plan) -> jax.Array:
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(indices)
-        x_T = schedule.noise(keys[:, 0], (len(indices), *shape))
-        return run(params, x_T, condition, keys[:, 1], laid_out)
-
-    return run_from_key
 
 
 def make_sampler(problem: Problem, solver: Solver, max_calls: int) -> Callable[[np.ndarray], np.ndarray]:

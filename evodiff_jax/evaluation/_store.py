@@ -8,21 +8,16 @@ figures.jsonl                           figures by a digest of the arrays that t
 All are written as they are made.
 """
 
-import ast
-import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from evodiff_jax import __version__
 from evodiff_jax.files import named_in_errors, write_atomically
-from evodiff_jax.tables import Plan
+from evodiff_jax.generation import digest_of_arrays
 
 _SETTINGS = "settings.json"
 _FIGURES = "figures.jsonl"
@@ -70,28 +65,6 @@ def path_of(folder: Path, solver: str, grid: str, calls: int, digest: str) -> Pa
     return folder / f"{solver}_{grid}_{calls}_{digest}.npy"
 
 
-def digest_of_plan(plan: Plan) -> str:
-    """A digest of a plan's table and of its rule's code, so that samples of a solver that has changed are not read.
-
-    Of the code count the modules of the rule's functions, without comments and docstrings.
-    """
-    digest = hashlib.sha256(f"{jax.tree.structure(plan.table)}".encode())
-    digest.update(_digest(jax.tree.leaves((plan.table, plan.calls, plan.end))).encode())
-    if plan.rule is not None:
-        functions = (plan.rule.terms, plan.rule.choose, plan.rule.init)
-        for name in sorted({fn.__module__ for fn in functions}):
-            tree = ast.parse(inspect.getsource(sys.modules[name]))
-            for node in ast.walk(tree):
-                body = getattr(node, "body", None)
-                if not (isinstance(body, list) and body):
-                    continue
-                if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                    body.pop(0)
-            digest.update(ast.dump(tree).encode())
-        digest.update(f"{plan.rule.channel_axis} {plan.rule.per_leaf}".encode())
-    return digest.hexdigest()[:12]
-
-
 def stored(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array of a file, made and written first if it is not there."""
     if path.exists():
@@ -112,7 +85,7 @@ class Figures:
     def __init__(self, folder: Path, *common: np.ndarray) -> None:
         """Reads the folder's file; `common` are arrays that all figures were computed from."""
         self._path = folder / _FIGURES
-        self._common = _digest(common)
+        self._common = digest_of_arrays(common)
         self._found: dict[str, list[float]] = {}
         for line in self._path.read_text().splitlines() if self._path.exists() else ():
             try:
@@ -122,18 +95,10 @@ class Figures:
 
     def get(self, name: str, arrays: Iterable[np.ndarray], compute: Callable[[], Iterable[float]]) -> list[float]:
         """The figures of that name from these arrays."""
-        key = f"{name} {self._common} {_digest(arrays)}"
+        key = f"{name} {self._common} {digest_of_arrays(arrays)}"
         if key not in self._found:
             self._found[key] = [float(value) for value in compute()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with named_in_errors(self._path), self._path.open("a") as file:
                 file.write(f"\n{json.dumps([key, self._found[key]])}")  # the line before may be half a line
         return self._found[key]
-
-
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:32]
