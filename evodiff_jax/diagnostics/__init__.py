@@ -1,0 +1,40 @@
+"""How uncertain a model is along a run, and how far the run is from the exact trajectory.
+
+`posterior_variance` and `posterior_covariance` are of a denoiser at given states; `transition_entropy` and the like
+follow from them. `follow` runs a plan and keeps what it did, `converge` makes the exact trajectory, and the errors,
+the curvature and the density of calls are of these two. `diagnose` is all of it for several solvers.
+"""
+
+from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
+from evodiff_jax.diagnostics._geometry import Density, call_density, curvature, times_by_density
+from evodiff_jax.diagnostics._posterior import Estimated, posterior_covariance, posterior_variance
+from evodiff_jax.diagnostics._runs import Run, Trajectory, check_finite, converge, follow
+from evodiff_jax.diagnostics._transitions import (
+    transition_entropy,
+    transition_entropy_of_covariance,
+    transition_information,
+    transition_variance,
+)
+
+__all__ = [
+    "Density",
+    "Estimated",
+    "Run",
+    "Trajectory",
+    "call_density",
+    "check_finite",
+    "converge",
+    "curvature",
+    "follow",
+    "posterior_covariance",
+    "posterior_variance",
+    "reconstruction_errors",
+    "state_errors",
+    "times_by_density",
+    "transition_entropy",
+    "transition_entropy_of_covariance",
+    "transition_errors",
+    "transition_information",
+    "transition_variance",
+    "update_variance",
+]
