@@ -4,7 +4,18 @@ from evodiff_jax import interrupts
 
 interrupts.watch_command()  # before JAX is imported, which takes most of the command's start
 
-from evodiff_jax import denoisers, editing, grids, quadrature, schedules, solvers, statistics, tables, testing
+from evodiff_jax import (
+    denoisers,
+    diagnostics,
+    editing,
+    grids,
+    quadrature,
+    schedules,
+    solvers,
+    statistics,
+    tables,
+    testing,
+)
 from evodiff_jax.citations import citation
 from evodiff_jax.sampling import RunState, Trace, init, plan, sample, sample_with_trace, update
 from evodiff_jax.schedules import NoiseSchedule
@@ -20,6 +31,7 @@ __all__ = [
     "Trace",
     "citation",
     "denoisers",
+    "diagnostics",
     "editing",
     "grids",
     "init",

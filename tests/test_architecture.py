@@ -19,7 +19,7 @@ LAYERS = [
     ["tables", "schedules", "sums"],
     ["kernel", "quadrature", "denoisers", "grids", "statistics"],
     ["solvers", "citations"],
-    ["sampling", "editing", "testing"],
+    ["sampling", "editing", "testing", "diagnostics"],
     ["pretrained", "fitting"],
     ["generation"],
     ["evaluation"],

@@ -1,5 +1,7 @@
 """Diagnostics against closed forms of exact models: normal data of several scales, and mixtures."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -336,8 +338,7 @@ def test_where_outputs_cease_to_be_finite():
     x_T = initial_state(EDM, (3, 5))
     run = diagnostics.follow(broken, x_T, ed.plan(EDM, times, ed.solvers.unipc(2)))
     with pytest.raises(
-        ValueError,
-        match=r"data prediction is not finite from t = 0\.4 .* on, at call 4 of 6, in 1 of 3 .*input there is finite",
+        ValueError, match=r"data prediction .* t = 0\.4 .* call 4 of 6, in 1 of 3 .*input there is finite"
     ):
         diagnostics.check_finite(run, EDM)
     run = diagnostics.follow(normal(EDM), x_T.at[0].set(jnp.inf), ed.plan(EDM, times, ed.solvers.ddim()))
