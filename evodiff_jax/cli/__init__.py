@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ValueError, OSError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        sys.stderr.write(interrupts.MESSAGE)
-        return interrupts.INTERRUPTED
+    except KeyboardInterrupt as error:
+        code, message = interrupts.ending(error)
+        sys.stderr.write(message)
+        return code
     return 0
 
 

@@ -1,0 +1,339 @@
+"""The samples of a run: made chunk by chunk on all local devices while the chunk before is written."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from evodiff_jax.generation import _manifest
+from evodiff_jax.generation._hosts import Hosts
+from evodiff_jax.generation._images import UINT8
+from evodiff_jax.generation._lock import Lock
+from evodiff_jax.generation._manifest import Layout, Marker
+from evodiff_jax.generation._place import COMPLETE, MANIFEST, Place
+from evodiff_jax.generation._program import Source, images_from_key
+from evodiff_jax.tables import Plan
+
+_AHEAD = 2  # batches on the device at a time: one more keeps it busy while the first is copied
+_MAX_NUM = 2**32  # numbers of samples are folded into keys as 32 bits
+
+
+class Made(NamedTuple):
+    """What a call of `generate` did in this process.
+
+    Attributes:
+      num: samples of the whole run.
+      kept: chunks that were complete before.
+      damaged: chunks that were complete before but did not agree with their checksums, and were made anew.
+      made: samples made.
+      not_finite: how many of them were not finite, which are mid-gray images.
+      nbytes: bytes written.
+      compile_seconds: time to compile.
+      seconds: time to sample and write.
+    """
+
+    num: int
+    kept: int
+    damaged: tuple[int, ...]
+    made: int
+    not_finite: int
+    nbytes: int
+    compile_seconds: float
+    seconds: float
+
+
+class Batch(NamedTuple):
+    """Samples that are being made.
+
+    Attributes:
+      chunk: the number of their chunk.
+      rows: their place in it.
+      images: (B, H, W, C) on the devices, of which the first ones are meant.
+      finite: (B,).
+    """
+
+    chunk: int
+    rows: slice
+    images: jax.Array
+    finite: jax.Array
+
+
+class Sampler:
+    """The compiled program of a run on all local devices, each of which makes its part of a batch by itself."""
+
+    def __init__(self, source: Source, laid_out: Plan, seed: int, batch: int, uint8: str) -> None:
+        """Traces the program, which compiles nothing."""
+        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        split, whole = PartitionSpec("batch"), PartitionSpec()
+        program = _mapped(images_from_key(source, uint8), mesh, (whole, whole, split, split, whole), split)
+        self.batch = batch
+        self._source = source
+        self._split, self._whole = (NamedSharding(mesh, spec) for spec in (split, whole))
+        self._given = jax.device_put((source.params, jax.random.key(seed), laid_out), self._whole)
+        self._lowered = jax.jit(program).lower(*self._arguments(0))
+        self.image_shape = tuple(self._lowered.out_info[0].shape[1:])
+        self._compiled: Any = None
+
+    def compile(self) -> None:
+        """Compiles the program."""
+        self._compiled = self._lowered.compile()
+
+    def __call__(self, first: int) -> tuple[jax.Array, jax.Array]:
+        """The samples first, ..., first + batch - 1 as bytes, and whether each is finite; does not wait for them."""
+        images, finite = self._compiled(*self._arguments(first))
+        images.copy_to_host_async()
+        return images, finite
+
+    def _arguments(self, first: int) -> tuple[Any, ...]:
+        params, key, laid_out = self._given
+        # Beyond the last sample the numbers may leave 32 bits: what is made there is thrown away.
+        indices = np.arange(first, first + self.batch).astype(np.uint32)
+        conditions = self._source.conditions
+        condition = None if conditions is None else conditions(indices)
+        return params, key, *jax.device_put((indices, condition), self._split), laid_out
+
+
+def _mapped(program: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The program of one device on all of a mesh; loops in users' networks need not say what varies among devices."""
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    from jax.experimental.shard_map import shard_map  # JAX 0.6.0
+
+    return shard_map(program, mesh, in_specs, out_specs, check_rep=False)
+
+
+class _Writer:
+    """A thread that writes one chunk at a time, while the next one is made."""
+
+    def __init__(self, place: Place, array: Any, layout: Layout, batch: int) -> None:
+        self._place, self._array, self._layout = place, array, layout
+        self._batch = batch
+        self._device = jax.local_devices()[0].device_kind
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def put(self, number: int, images: np.ndarray, not_finite: int) -> None:
+        """Has a chunk written, once the one before is.
+
+        Raises:
+          OSError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, number, images, not_finite)
+
+    def wait(self) -> None:
+        """Waits until all is written; errors as for `put`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Ends the thread after the chunk that it writes."""
+        self._pool.shutdown(wait=True)
+
+    def _write(self, number: int, images: np.ndarray, not_finite: int) -> None:
+        digest = _manifest.digest_of_images(images)
+        self._place.write_images(self._array, number, self._layout.bounds(number)[0], images)
+        marker = Marker(number, len(images), digest, not_finite, self._batch, self._device)
+        self._place.write_json(_manifest.key_of(number), marker._asdict())
+
+
+def generate(
+    source: Source,
+    laid_out: Plan,
+    place: str,
+    num: int,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    chunk: int | None = None,
+    uint8: str = "diffusers",
+    on_batch: Callable[[int, bool], None] = lambda count, made: None,
+) -> Made:
+    """Makes samples of a model and writes them to a place, chunk by chunk; goes on from those that are complete there.
+
+    Sample k depends on the seed and k alone. Where `jax.distributed` is initialized all its processes call this, and
+    each makes its part of the chunks on its own devices.
+
+    Args:
+      source: what is sampled. Its settings are to say all that determines samples beside the plan and the parameters.
+      laid_out: the plan.
+      place: a local folder, or a URL that TensorStore knows, such as "gs://bucket/folder"; new, empty, or of this run.
+      num: the number of samples.
+      seed: of all that is random.
+      batch: samples at a time in this process, divided among its devices.
+      chunk: samples that are written at a time, by default a batch.
+      uint8: how samples become bytes, see `to_uint8`.
+      on_batch: on_batch(count, made) is called when `count` samples more are there, made now or complete before; with a
+        count of 0 while this waits. What it raises ends the run after the chunk that is being written.
+
+    Returns:
+      What was done.
+
+    Raises:
+      ValueError: an argument is out of range, the place holds something else or a run of another configuration, another
+        process writes there, another host ended, or all samples of a batch are not finite.
+      OSError: the place cannot be read or written; the chunks before are complete.
+    """
+    _check(num, batch, chunk, uint8)
+    hosts, locks = Hosts(), []
+
+    def step(count: int, made: bool) -> None:
+        hosts.check()
+        for lock in locks:
+            lock.check()
+        on_batch(count, made)
+
+    tick = lambda: step(0, True)
+    try:
+        store = Place(place)
+        sampler = Sampler(source, laid_out, seed, batch, uint8)
+        layout = Layout((num, *sampler.image_shape), min(batch, num) if chunk is None else chunk)
+        described = _manifest.configuration(source, laid_out, layout, seed, uint8)
+        with contextlib.ExitStack() as stack:
+
+            def prepare() -> np.ndarray:
+                _check_place(store, described)
+                locks.append(stack.enter_context(Lock(store)))
+                if not _check_place(store, described):  # another run may have been here in between
+                    store.write_json(MANIFEST, described)
+                store.array(layout.shape, layout.chunk, create=True)
+                return _manifest.marked(store, layout)
+
+            marked = hosts.agree(described, prepare, tick)
+            made = _make(sampler, store, layout, hosts, marked, step)
+
+            def complete() -> None:
+                missing = np.flatnonzero(~_manifest.marked(store, layout))
+                if missing.size:
+                    raise ValueError(f"{store.name!r}: chunk {missing[0]} disappeared: start the command again")
+                store.write_json(COMPLETE, {"num": num, "chunks": layout.chunks})
+
+            hosts.finish(complete, tick)
+        return made
+    except BaseException as error:
+        hosts.fail(str(error) or type(error).__name__)
+        raise
+
+
+def _make(
+    sampler: Sampler,
+    place: Place,
+    layout: Layout,
+    hosts: Hosts,
+    marked: np.ndarray,
+    on_batch: Callable[[int, bool], None],
+) -> Made:
+    """Verifies this host's part of the complete chunks, and makes its part of the others."""
+    array = place.array(layout.shape, layout.chunk)
+    kept, damaged = 0, []
+    for number, marker in _manifest.intact(place, layout, array, np.flatnonzero(marked)[hosts.index :: hosts.count]):
+        if marker is None:
+            place.write(COMPLETE, None)
+            place.write(_manifest.key_of(number), None)
+            damaged.append(int(number))
+        else:
+            kept += 1
+        on_batch(0 if marker is None else marker.images, False)
+    numbers = sorted([*damaged, *map(int, np.flatnonzero(~marked)[hosts.index :: hosts.count])])
+    if not numbers:
+        return Made(layout.num, kept, (), 0, 0, 0, 0.0, 0.0)
+
+    start = time.perf_counter()
+    sampler.compile()
+    compiled_at = time.perf_counter()
+    made = not_finite = of_chunk = first = 0
+    images = np.empty(0, np.uint8)
+    writer = _Writer(place, array, layout, sampler.batch // len(jax.local_devices()))
+    try:
+        for part in _ahead(_dispatched(sampler, layout, numbers)):
+            if part.rows.start == 0:
+                first, end = layout.bounds(part.chunk)
+                images, of_chunk = np.empty((end - first, *layout.shape[1:]), np.uint8), 0
+            count = part.rows.stop - part.rows.start
+            images[part.rows] = np.asarray(part.images)[:count]
+            finite = int(np.count_nonzero(np.asarray(part.finite)[:count]))
+            if not finite:
+                raise ValueError(
+                    f"samples {first + part.rows.start} to {first + part.rows.stop - 1} are not finite: the model is "
+                    "unusable, or needs other settings"
+                )
+            of_chunk += count - finite
+            made, not_finite = made + count, not_finite + count - finite
+            on_batch(count, True)
+            if part.rows.stop == len(images):
+                writer.put(part.chunk, images, of_chunk)
+        writer.wait()
+    finally:
+        writer.close()
+    seconds = time.perf_counter() - compiled_at
+    size = made * int(np.prod(layout.shape[1:]))
+    return Made(layout.num, kept, tuple(damaged), made, not_finite, size, compiled_at - start, seconds)
+
+
+def _dispatched(sampler: Sampler, layout: Layout, numbers: list[int]) -> Iterator[Batch]:
+    """The batches of chunks, as they are given to the devices; the last one of a chunk is filled up."""
+    for number in numbers:
+        first, end = layout.bounds(number)
+        for start in range(first, end, sampler.batch):
+            images, finite = sampler(start)
+            rows = slice(start - first, min(start + sampler.batch, end) - first)
+            yield Batch(number, rows, images, finite)
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, each given when so many after it are on their way."""
+    waiting: collections.deque[Batch] = collections.deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) == _AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _check(num: int, batch: int, chunk: int | None, uint8: str) -> None:
+    """Raises ValueError if an argument is out of range."""
+    if not 1 <= num <= _MAX_NUM:
+        raise ValueError(f"the number of samples must be in 1 .. {_MAX_NUM}, got {num}")
+    if uint8 not in UINT8:
+        raise ValueError(f"uint8 conversion must be one of {', '.join(UINT8)}, got {uint8!r}")
+    devices = jax.local_device_count()
+    if batch < 1 or batch % devices:
+        nearest = max(1, round(batch / devices)) * devices
+        raise ValueError(
+            f"a batch of {batch} cannot be divided among {devices} devices: the nearest that can is {nearest}"
+        )
+    if chunk is None:
+        return
+    if not 1 <= chunk <= num:
+        raise ValueError(f"a chunk must be of 1 to {num} samples, as many as there are, got {chunk}")
+    if chunk % batch and chunk != num:
+        nearest = max(1, round(chunk / batch)) * batch
+        raise ValueError(f"a chunk of {chunk} is no multiple of the batch of {batch}; {nearest} is the nearest that is")
+
+
+def _check_place(place: Place, described: dict[str, Any]) -> bool:
+    """Whether this run was begun in a place.
+
+    Raises:
+      ValueError: there is another one, or something else.
+    """
+    if place.read(MANIFEST) is None:
+        place.check_new()
+        return False
+    found, _ = _manifest.read_manifest(place)
+    differing = _manifest.differences(found, described)
+    if differing:
+        raise ValueError(
+            f"{place.name!r} holds a run of another configuration ({'; '.join(differing)}): give another place, or the "
+            "same command"
+        )
+    return True
