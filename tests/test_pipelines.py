@@ -6,9 +6,13 @@ DPMSolverMultistepScheduler in 9 with timestep_spacing "linspace" and final_sigm
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -504,8 +508,8 @@ def test_a_file_of_classes_with_an_autoencoder(folders, capsys, tmp_path, monkey
 PAGE = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text()
 
 
-def read_page(folder):
-    """Runs the blocks of the page in a folder that has small models under the names in them."""
+def read_page(folder, headings=None):
+    """Runs the blocks of the page, or of some sections, in a folder that has small models under the names in them."""
     pipelines.write_sd1(folder / "stable-diffusion-v1-5")
     pipelines.write_xl(folder / "stable-diffusion-xl-base-1.0")
     shutil.copytree(folder / "stable-diffusion-v1-5" / "vae", folder / "sd-vae-ft-ema")
@@ -515,8 +519,10 @@ def read_page(folder):
     (folder / "SiT.safetensors").rename(folder / "SiT-XL-2-256x256.pt")  # a file is known by its content
     names = {}
     for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        heading = section.split("\n")[0]
         for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-            exec(compile(block, section.split("\n")[0], "exec"), names)
+            if headings is None or heading in headings:
+                exec(compile(block, heading, "exec"), names)
     return names
 
 
@@ -524,7 +530,7 @@ def read_page(folder):
 def test_the_code_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = read_page(tmp_path)
-    assert found["make"]._cache_size() == 2  # for all numbers of steps, and for a batch that is sharded
+    assert found["make"]._cache_size() == 1  # for all numbers of steps
     image = np.asarray(found["image"])
     np.testing.assert_array_equal(pixels("cat.png"), found["picture"])
     for name in ("images", "changed", "filled", "retriever", "again", "pictures"):
@@ -532,17 +538,56 @@ def test_the_code_of_the_page(tmp_path, monkeypatch):
         assert np.isfinite(found[name]).all()
     np.testing.assert_array_equal(found["filled"][:, 16:], image[:, 16:])
     assert np.abs(found["filled"][:, :16] - image[:, :16]).max() > 0.1
-    np.testing.assert_allclose(found["pictures"][0], make_alone(found), atol=1e-4)
+    np.testing.assert_allclose(found["pictures"], made_alone(found), atol=1e-4)
     assert found["shape"] == (192, 336, 4)
     expected = [1536, 2688, 0, 0, 768, 1344]
     np.testing.assert_array_equal(found["told"].condition["added_cond_kwargs"]["time_ids"], [expected])
     assert found["latents"].shape == (1, 8, 8, 4)
 
 
-def make_alone(found):
-    """The picture of the sharded run's first prompt and noise by itself."""
+def made_alone(found):
+    """The pictures of the sharded run, one after the other on one device, by parameters in one place."""
     text = found["pipeline"].text(found["params"], ["a cat"], ["blurry"])
-    return found["make"](found["params"], text, found["noises"][:1], found["plan"])[0]
+    return np.concatenate([found["make"](found["params"], text, x_T[None], found["plan"]) for x_T in found["noises"]])
+
+
+@pytest.mark.slow
+def test_parameters_in_parts_and_a_batch_over_four_devices_give_the_same_pictures(tmp_path):
+    """In a process of its own, whose CPU JAX takes for four devices."""
+    code = """
+        import pathlib
+
+        import jax
+        import numpy as np
+
+        jax.config.update("jax_disable_most_optimizations", True)
+        import test_pipelines
+
+        assert jax.device_count() == 4
+        found = test_pipelines.read_page(pathlib.Path("."), ["In your own code", "Many devices"])
+        pictures = found["pictures"]
+        assert pictures.addressable_shards[0].data.shape == (1, 32, 32, 3)
+        leaves = jax.tree.leaves(found["spread"])
+        held = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+        assert held < 0.27 * sum(leaf.size for leaf in leaves)
+        alone = test_pipelines.made_alone(found)
+        assert np.abs(alone[0] - alone[1]).max() > 0.1
+        np.testing.assert_allclose(pictures, alone, atol=1e-4)
+        print("checked", np.abs(pictures - alone).max(), held / sum(leaf.size for leaf in leaves))
+    """
+    root = Path(__file__).parents[1]
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root)])
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert result.stdout.startswith("checked"), result.stderr[-3000:]
 
 
 def test_the_commands_of_the_page_are_understood():
