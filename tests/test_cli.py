@@ -76,9 +76,9 @@ def assert_refused(capsys, folder, arguments, reason):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("", "{sample,compare,fit,evaluate,info,convert}"),
+        ("", "{sample,generate,"),
         ("paint", "'paint'"),
-        ("--steps 3", "{sample,compare,fit,evaluate,info,convert}"),
+        ("--steps 3", "{sample,generate,"),
         ("info now", "now"),
         ("sample --solver euler2", "sde_dpm_solver_pp-2"),
         ("sample --grid cosine", "time_quadratic"),

@@ -57,7 +57,9 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="a file of prompts, one a line")
     add("--negative-prompt", metavar="TEXT", help="what to guide away from")
     add("--seeds", type=integer(0, 2**32 - 1), nargs="+", metavar="SEED", help="one a picture, in place of --seed")
-    add("--size", type=_size, metavar="HxW", help="height and width in pixels (default: that of the model's training)")
+    add(
+        "--size", type=size_of, metavar="HxW", help="height and width in pixels (default: that of the model's training)"
+    )
     add("--image", type=Path, metavar="FILE", help="picture to start from; --strength says how much of it stays")
     add("--strength", type=_strength, metavar="S", help="part of the steps run from --image on (default: 0.8)")
     add("--mask", type=Path, metavar="FILE", help="paint --image anew where this picture is white, and only there")
@@ -71,7 +73,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--clip-skip", type=integer(0, _MAX_SKIP), default=0, metavar="N", help="layers of the text encoders left out")
     add("--long-prompts", action="store_true", help="encode prompts of over 75 tokens in parts, not cut")
-    add("--original-size", type=_size, metavar="HxW", help="what Stable Diffusion XL is told of the image's first size")
+    add(
+        "--original-size",
+        type=size_of,
+        metavar="HxW",
+        help="what Stable Diffusion XL is told of the image's first size",
+    )
     add("--crop", nargs=2, type=integer(0, _MAX_SIDE), default=(0, 0), metavar=("TOP", "LEFT"), help="and of its cut")
     add("--tile", type=integer(64, _MAX_SIDE), metavar="N", help="decode in tiles of N pixels, with less memory")
 
@@ -136,7 +143,7 @@ def run_prompts(args: argparse.Namespace, solver: str, grid: str, steps: int) ->
             f"argument --prompt: {args.checkpoint} has no text encoder; it needs a folder in diffusers' layout, such "
             "as one of Stable Diffusion"
         )
-    prompts = _prompts(args)
+    prompts = read_prompts(args)
     image = None if args.image is None else _picture(args.image, "RGB")
     mask = None if args.mask is None else _picture(args.mask, "L")
     pipeline = pretrained.load_pipeline(folder, dtype=args.dtype)
@@ -291,7 +298,12 @@ def _composed(picture: np.ndarray, job: Job) -> np.ndarray:
     return np.where(job.repaint[..., None], picture, image)
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt and --prompts.
+
+    Raises:
+      ValueError: the file cannot be read, or has none.
+    """
     prompts = list(args.prompt or [])
     if args.prompts is not None:
         try:
@@ -336,7 +348,8 @@ def _writer(picture: np.ndarray, facts: dict[str, str]) -> Callable[[IO[bytes]],
     return lambda file: image.save(file, format="PNG", pnginfo=info)
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
+    """An argument's type: height and width in pixels."""
     sides = [int(part) if part.isascii() and part.isdecimal() else 0 for part in text.lower().split("x")]
     sides = sides * 2 if len(sides) == 1 else sides
     if len(sides) != 2 or not all(1 <= side <= _MAX_SIDE for side in sides):

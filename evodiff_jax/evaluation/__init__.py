@@ -4,7 +4,7 @@ Runs are stored as they are made, so that a comparison can be interrupted and go
 """
 
 from evodiff_jax.evaluation._document import write_report
-from evodiff_jax.evaluation._fid import Fid, evaluate, inception_features, skipped, source_of
+from evodiff_jax.evaluation._fid import Fid, evaluate, inception_features, settings_of, skipped, source_of
 from evodiff_jax.evaluation._fid_report import aligned, fid_table, write_fid_report
 from evodiff_jax.evaluation._plots import check_plots
 from evodiff_jax.evaluation._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture
@@ -60,6 +60,7 @@ __all__ = [
     "ratios",
     "read_reference",
     "runs",
+    "settings_of",
     "skipped",
     "source_of",
     "standings",

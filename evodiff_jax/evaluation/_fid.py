@@ -104,15 +104,19 @@ def source_of(model: "Model", guidance: float = 1.0, label: int | None = None) -
 
     classes = model.num_classes
     make_denoiser(model.params, np.full(1, label or 0, np.int32) if classes or label is not None else None)
+    settings = {**settings_of(model), "guidance": float(guidance)}
+    return Source(make_denoiser, model.params, model.schedule, model.image_shape, classes, label, settings)
+
+
+def settings_of(model: "Model") -> dict[str, Any]:
+    """What a model is, as JSON for `Source.settings`."""
     # Addresses of objects, such as functions, differ from process to process.
     described = re.sub(r" at 0x[0-9a-f]+", "", repr(model.module))
-    settings = {
+    return {
         "model": model.name,
         "weights": model.digest or digest_of_params(model.params),
         "network": hashlib.sha256(described.encode()).hexdigest()[:16],
-        "guidance": float(guidance),
     }
-    return Source(make_denoiser, model.params, model.schedule, model.image_shape, classes, label, settings)
 
 
 def inception_features(model: "Model") -> Features:

@@ -5,7 +5,7 @@
 """
 
 from evodiff_jax.generation._digests import digest_of_arrays, digest_of_params, digest_of_plan
-from evodiff_jax.generation._engine import Made, generate
+from evodiff_jax.generation._engine import Made, check, generate
 from evodiff_jax.generation._hosts import HEARTBEAT_SECONDS, Hosts, join
 from evodiff_jax.generation._images import UINT8, to_uint8
 from evodiff_jax.generation._program import (
@@ -25,6 +25,7 @@ __all__ = [
     "Made",
     "Source",
     "Verified",
+    "check",
     "classes_in_turn",
     "digest_of_arrays",
     "digest_of_params",

@@ -156,7 +156,7 @@ def generate(
     batch: int = 64,
     chunk: int | None = None,
     uint8: str = "diffusers",
-    on_batch: Callable[[int, bool], None] = lambda count, made: None,
+    on_batch: Callable[[int, int], None] = lambda count, nbytes: None,
 ) -> Made:
     """Makes samples of a model and writes them to a place, chunk by chunk; goes on from those that are complete there.
 
@@ -172,8 +172,9 @@ def generate(
       batch: samples at a time in this process, divided among its devices.
       chunk: samples that are written at a time, by default a batch.
       uint8: how samples become bytes, see `to_uint8`.
-      on_batch: on_batch(count, made) is called when `count` samples more are there, made now or complete before; with a
-        count of 0 while this waits. What it raises ends the run after the chunk that is being written.
+      on_batch: on_batch(count, nbytes) is called when `count` samples more are there, with the bytes of those made now,
+        0 of those that were complete before, and (0, 0) while this waits. What it raises ends the run after the chunk
+        that is being written.
 
     Returns:
       What was done.
@@ -186,13 +187,13 @@ def generate(
     _check(num, batch, chunk, uint8)
     hosts, locks = Hosts(), []
 
-    def step(count: int, made: bool) -> None:
+    def step(count: int, nbytes: int) -> None:
         hosts.check()
         for lock in locks:
             lock.check()
-        on_batch(count, made)
+        on_batch(count, nbytes)
 
-    tick = lambda: step(0, True)
+    tick = lambda: step(0, 0)
     try:
         store = Place(place)
         sampler = Sampler(source, laid_out, seed, batch, uint8)
@@ -230,7 +231,7 @@ def _make(
     layout: Layout,
     hosts: Hosts,
     marked: np.ndarray,
-    on_batch: Callable[[int, bool], None],
+    on_batch: Callable[[int, int], None],
 ) -> Made:
     """Verifies this host's part of the complete chunks, and makes its part of the others."""
     array = place.array(layout.shape, layout.chunk)
@@ -242,7 +243,7 @@ def _make(
             damaged.append(int(number))
         else:
             kept += 1
-        on_batch(0 if marker is None else marker.images, False)
+        on_batch(0 if marker is None else marker.images, 0)
     numbers = sorted([*damaged, *map(int, np.flatnonzero(~marked)[hosts.index :: hosts.count])])
     if not numbers:
         return Made(layout.num, kept, (), 0, 0, 0, 0.0, 0.0)
@@ -268,7 +269,7 @@ def _make(
                 )
             of_chunk += count - finite
             made, not_finite = made + count, not_finite + count - finite
-            on_batch(count, True)
+            on_batch(count, images[part.rows].nbytes)
             if part.rows.stop == len(images):
                 writer.put(part.chunk, images, of_chunk)
         writer.wait()
@@ -318,6 +319,23 @@ def _check(num: int, batch: int, chunk: int | None, uint8: str) -> None:
     if chunk % batch and chunk != num:
         nearest = max(1, round(chunk / batch)) * batch
         raise ValueError(f"a chunk of {chunk} is no multiple of the batch of {batch}; {nearest} is the nearest that is")
+
+
+def check(place: str) -> None:
+    """Raises an error if no run could begin or go on in a place, before anything is loaded for it.
+
+    Args:
+      place: as for `generate`.
+
+    Raises:
+      ValueError: TensorStore does not know the URL, or there is something else.
+      OSError: it cannot be read or written to.
+    """
+    store = Place(place)
+    if store.read(MANIFEST) is None:
+        store.check_new()
+    else:
+        _manifest.read_manifest(store)
 
 
 def _check_place(place: Place, described: dict[str, Any]) -> bool:

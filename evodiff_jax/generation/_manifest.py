@@ -59,7 +59,7 @@ def configuration(source: Source, laid_out: Plan, layout: Layout, seed: int, uin
         "format": FORMAT,
         "num": layout.num,
         "image": list(layout.shape[1:]),
-        "dtype": "uint8",
+        "pixels": "uint8",
         "chunk": layout.chunk,
         "seed": seed,
         "uint8": uint8,
