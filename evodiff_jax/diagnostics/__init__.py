@@ -5,10 +5,13 @@ follow from them. `follow` runs a plan and keeps what it did, `converge` makes t
 the curvature and the density of calls are of these two. `diagnose` is all of it for several solvers.
 """
 
+from evodiff_jax.diagnostics._diagnose import QUANTITIES, Diagnosis, diagnose
 from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
+from evodiff_jax.diagnostics._figure import plot
 from evodiff_jax.diagnostics._geometry import Density, call_density, curvature, times_by_density
 from evodiff_jax.diagnostics._posterior import Estimated, posterior_covariance, posterior_variance
 from evodiff_jax.diagnostics._runs import Run, Trajectory, check_finite, converge, follow
+from evodiff_jax.diagnostics._tables import csv_of, markdown_of
 from evodiff_jax.diagnostics._transitions import (
     transition_entropy,
     transition_entropy_of_covariance,
@@ -17,15 +20,21 @@ from evodiff_jax.diagnostics._transitions import (
 )
 
 __all__ = [
+    "QUANTITIES",
     "Density",
+    "Diagnosis",
     "Estimated",
     "Run",
     "Trajectory",
     "call_density",
     "check_finite",
     "converge",
+    "csv_of",
     "curvature",
+    "diagnose",
     "follow",
+    "markdown_of",
+    "plot",
     "posterior_covariance",
     "posterior_variance",
     "reconstruction_errors",

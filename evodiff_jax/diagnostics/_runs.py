@@ -167,9 +167,18 @@ def check_finite(run: Run | Trajectory, schedule: NoiseSchedule) -> None:
     check_schedule(schedule)
     if not isinstance(run, Run | Trajectory) or isinstance(run.times, Tracer):
         raise TypeError(f"check_finite needs a concrete Run or Trajectory, from follow or converge, got {run!r}")
-    times = np.asarray(run.times, np.float64)
-    states, outputs = (_finite(leaves) for leaves in (run.states, run.outputs))
-    entered = np.asarray(run.entered) if isinstance(run, Run) else states[:-1]
+    check_flags(np.asarray(run.times), finite_flags(run), schedule)
+
+
+def finite_flags(run: Run | Trajectory) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which of the model's inputs (R, B), its outputs (R, B) and the states (R + 1, B) are finite."""
+    states, outputs = (jnp.isfinite(jax.vmap(mean_square)(part)) for part in (run.states, run.outputs))
+    return (run.entered if isinstance(run, Run) else states[:-1]), outputs, states
+
+
+def check_flags(times: np.ndarray, flags: tuple[Any, Any, Any], schedule: NoiseSchedule) -> None:
+    """Raises the ValueError of `check_finite` from the times of a run and its `finite_flags`."""
+    entered, outputs, states = (np.asarray(part) for part in flags)
     broken = entered & ~outputs  # by the model itself; a correction then spoils the state of the same call
     calls = len(outputs)
     first = min(np.flatnonzero(~of.all(1)).min(initial=calls + 1) for of in (states, ~broken))
@@ -252,12 +261,6 @@ def noise_key(key: Any, index: Any) -> Any:
 
 def _and_last(states: State, x: State) -> State:
     return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x)
-
-
-def _finite(leaves: Any) -> np.ndarray:
-    """(R, B), whether all numbers of each sample at each time are finite."""
-    flat = [np.isfinite(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(leaves)]
-    return np.logical_and.reduce([leaf.reshape(*leaf.shape[:2], -1).all(2) for leaf in flat])
 
 
 def _refined(schedule: NoiseSchedule, times: np.ndarray, substeps: int) -> np.ndarray:

@@ -25,13 +25,16 @@ MIXTURES = ("mixture-2d", "mixture-64d")
 
 
 def mixture(name: str, samples: int, folder: Path, seed: int = 0, batch: int = 250) -> Problem:
-    """One of MIXTURES, whose modes are drawn at random once and for all."""
+    """One of MIXTURES, judged by its coordinates."""
+    return exact(name, *modes_of(name), samples, folder, seed, batch)
+
+
+def modes_of(name: str) -> tuple[np.ndarray, float]:
+    """The centers (K, D) of one of MIXTURES, drawn at random once and for all, and their standard deviation."""
     random = np.random.default_rng(0)
     if name == "mixture-2d":
-        centers, std = random.uniform(-1, 1, (12, 2)), 0.05
-    else:
-        centers, std = random.normal(0, 0.6, (32, 64)), 0.1
-    return exact(name, centers, std, samples, folder, seed, batch)
+        return random.uniform(-1, 1, (12, 2)), 0.05
+    return random.normal(0, 0.6, (32, 64)), 0.1
 
 
 def exact(
