@@ -1,7 +1,7 @@
-"""The command line: `evodiff-jax sample`, `compare`, `diagnose`, `fit`, `evaluate`, `info` and `convert`.
+"""The command line `evodiff-jax`, a command a module.
 
-Exit codes: 0 done, 2 a bad argument, a bad file or a missing package, 130 interrupted, 141 nobody reads the output.
-What went wrong is one line on stderr.
+Exit codes: 0 done, 2 a bad argument, a bad file or a missing package, 130 interrupted, 141 nobody reads the output,
+143 `generate` ended by SIGTERM. What went wrong is one line on stderr.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ from evodiff_jax.cli.compare import add_compare_arguments, run_compare
 from evodiff_jax.cli.diagnose import add_diagnose_arguments, run_diagnose
 from evodiff_jax.cli.evaluate import add_evaluate_arguments, run_evaluate
 from evodiff_jax.cli.fit import add_fit_arguments, run_fit
+from evodiff_jax.cli.generate import add_generate_arguments, run_generate
+from evodiff_jax.cli.images import (
+    add_export_arguments,
+    add_grid_arguments,
+    add_verify_arguments,
+    run_export,
+    run_grid,
+    run_verify,
+)
 from evodiff_jax.cli.sample import add_sample_arguments, run_sample
 
 
@@ -63,9 +72,17 @@ def _parser() -> argparse.ArgumentParser:
         interrupts.COMMAND, description="Few-step sampling of diffusion models in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"{interrupts.COMMAND} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{sample,compare,diagnose,fit,evaluate,info,convert}")
-    for name, add_arguments, run, summary in (
+    known = (
         ("sample", add_sample_arguments, run_sample, "sample images from a model, the packaged one by default"),
+        (
+            "generate",
+            add_generate_arguments,
+            run_generate,
+            "make many images on many devices or hosts, and go on where a run was stopped",
+        ),
+        ("verify", add_verify_arguments, run_verify, "compare the images of generate with their checksums"),
+        ("grid", add_grid_arguments, run_grid, "draw images of generate as one picture"),
+        ("export", add_export_arguments, run_export, "write images of generate as PNG files, npz or an array"),
         ("compare", add_compare_arguments, run_compare, "compare solvers on a model"),
         ("diagnose", add_diagnose_arguments, run_diagnose, "entropy, variance and errors of solvers, step by step"),
         ("fit", add_fit_arguments, run_fit, "fit plans of few model calls to a model"),
@@ -82,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
             "show what a file of weights or a plan holds, or versions and packaged models",
         ),
         ("convert", add_convert_arguments, run_convert, "write a public checkpoint as a safetensors file"),
-    ):
+    )
+    commands = parser.add_subparsers(required=True, metavar=f"{{{','.join(name for name, *_ in known)}}}")
+    for name, add_arguments, run, summary in known:
         command = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
         )
