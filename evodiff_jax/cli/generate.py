@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
 from evodiff_jax import interrupts
 from evodiff_jax.cli.arguments import integer
-from evodiff_jax.cli.factories import load_source
-from evodiff_jax.cli.models import add_model_arguments, class_number, load_guided
+from evodiff_jax.cli.models import add_model_arguments
 from evodiff_jax.cli.plans import origin, read_plan, warn_of_guidance
-from evodiff_jax.cli.prompts import read_prompts, size_of
+from evodiff_jax.cli.prompts import size_of
+from evodiff_jax.cli.tasks import Task, load_task
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan
@@ -23,7 +21,7 @@ from evodiff_jax.solvers import FORMS
 from evodiff_jax.tables import Plan, denoises_to_zero
 
 if TYPE_CHECKING:
-    from evodiff_jax.generation import Made, Source
+    from evodiff_jax.generation import Made
 
 _CHECKPOINT = "fashion_mnist"
 _MAX_NUM = 2**32
@@ -31,26 +29,6 @@ _MAX_STEPS = 1_000
 _MAX_HOSTS = 100_000
 _BATCH = 64
 _SOLVER, _GRID, _STEPS = "variance_optimal", "log_snr", 10
-
-
-class _Task(NamedTuple):
-    """What is made.
-
-    Attributes:
-      source: the model.
-      words: the model in words.
-      digest: of its file, None where there is none.
-      uint8: how its samples become bytes.
-      settings: of guidance, for `warn_of_guidance`; None for a user's own model.
-      twice: whether a model call evaluates the network twice.
-    """
-
-    source: Source
-    words: str
-    digest: str | None
-    uint8: str
-    settings: dict[str, Any] | None
-    twice: bool
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> None:
     hosts = generation.Hosts()
     try:
         batch = _batch_of(args)
-        task = _task(args)
+        task = load_task(args)
         laid_out, solver = _plan_of(args, task)
         made = _generate(args, task, laid_out, batch, hosts.index, hosts.count)
     except jax.errors.JaxRuntimeError as error:
@@ -174,6 +152,7 @@ def _check_options(args: argparse.Namespace) -> None:
     for option, value in hosts.items():
         if args.distributed and value is not None:
             raise ValueError(f"argument {option}: not with --distributed, which finds it")
+    for option, value in hosts.items():
         if value is None and any(other is not None for other in hosts.values()):
             raise ValueError(f"argument {option}: is needed too, as {', '.join(hosts)} go together")
     if args.host is not None and args.host >= args.num_hosts:
@@ -194,100 +173,7 @@ def _batch_of(args: argparse.Namespace) -> int:
     return min(args.batch, whole(args.num))
 
 
-def _task(args: argparse.Namespace) -> _Task:
-    """Loads the model."""
-    if args.model is not None:
-        source = load_source("--model", args.model)
-        if source.conditions is None and source.label is None and source.num_classes:
-            source = _in_turn(source)
-        return _Task(source, args.model, None, args.uint8 or "diffusers", None, False)
-    twice = args.guidance not in (0, 1)
-    if args.prompt is not None or args.prompts is not None:
-        return _task_of_prompts(args, twice)
-    from evodiff_jax import evaluation, generation
-
-    guided = load_guided(args)
-    model = guided.model
-    label = None if args.label is None else class_number(args.label, guided.num_classes)
-    if args.random_classes and not guided.num_classes:
-        raise ValueError("argument --random-classes: not for an unconditional model")
-    source = generation.Source(
-        make_denoiser=guided.make_denoiser,
-        params=guided.params,
-        schedule=model.schedule,
-        image_shape=model.image_shape,
-        num_classes=guided.num_classes,
-        label=label,
-        settings={**evaluation.settings_of(model), **guided.settings, "dtype": guided.dtype},
-        decode=guided.decode,
-    )
-    if guided.num_classes and label is None and not args.random_classes:
-        source = _in_turn(source)
-    uint8 = args.uint8 or model.network.uint8
-    return _Task(source, f"{model.name}, {guided.dtype}{guided.words}", model.digest, uint8, guided.settings, twice)
-
-
-def _task_of_prompts(args: argparse.Namespace, twice: bool) -> _Task:
-    """Loads a model of texts; prompt k modulo their number is that of sample k."""
-    from evodiff_jax import generation, pretrained
-
-    folder = Path(args.checkpoint)
-    if not folder.is_dir() or not pretrained.is_pipeline(folder):
-        raise ValueError(
-            f"argument --prompt: {args.checkpoint} has no text encoder; it needs a folder in diffusers' layout, such "
-            "as one of Stable Diffusion"
-        )
-    prompts = read_prompts(args)
-    dtype = args.dtype or pretrained.default_dtype()
-    pipeline = pretrained.load_pipeline(folder, dtype=dtype)
-    if not pipeline.encoders:
-        raise ValueError(f"argument --prompt: {args.checkpoint} has no text encoder")
-    if pipeline.takes_mask:
-        raise ValueError(f"{args.checkpoint} is a model of inpainting, which the command sample has")
-    size = args.size or pipeline.size
-    try:
-        shape = pipeline.latent_shape(size)
-    except ValueError as error:
-        raise ValueError(f"argument --size: {error}") from error
-
-    def conditions(indices: np.ndarray) -> Any:
-        some = [prompts[int(i) % len(prompts)] for i in indices]
-        negative = None if args.negative_prompt is None else [args.negative_prompt] * len(some)
-        return pipeline.text(pipeline.params, some, negative, size=size)
-
-    def decode(params: Any, latents: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda latent: pipeline.decode(params, latent[None])[0], latents)
-
-    source = generation.Source(
-        make_denoiser=lambda params, text: pipeline.denoiser(params, text, args.guidance),
-        params=pipeline.params,
-        schedule=pipeline.schedule,
-        image_shape=shape,
-        settings={
-            "model": pipeline.name,
-            "weights": pipeline.digest,
-            "dtype": dtype,
-            "guidance": args.guidance,
-            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-            "negative": args.negative_prompt,
-            "size": list(size),
-        },
-        decode=decode,
-        conditions=conditions,
-    )
-    guided = f", guidance {args.guidance:g}" if twice else ""
-    words = f"{pipeline.name}, {dtype}, {len(prompts):,} prompts in turn{guided}"
-    return _Task(source, words, None, args.uint8 or "diffusers", None, twice)
-
-
-def _in_turn(source: Source) -> Source:
-    from evodiff_jax.generation import classes_in_turn
-
-    settings = {**source.settings, "classes": "in turn"}
-    return source._replace(conditions=classes_in_turn(source.num_classes), settings=settings)
-
-
-def _plan_of(args: argparse.Namespace, task: _Task) -> tuple[Plan, str]:
+def _plan_of(args: argparse.Namespace, task: Task) -> tuple[Plan, str]:
     """The plan that the images are made with, and what it is in words.
 
     Raises:
@@ -305,7 +191,7 @@ def _plan_of(args: argparse.Namespace, task: _Task) -> tuple[Plan, str]:
     return made, f"{solver}, {steps} steps on the {grid} grid"
 
 
-def _generate(args: argparse.Namespace, task: _Task, laid_out: Plan, batch: int, host: int, count: int) -> Made:
+def _generate(args: argparse.Namespace, task: Task, laid_out: Plan, batch: int, host: int, count: int) -> Made:
     """Makes the images, with a bar on host 0 for its own part."""
     from tqdm import tqdm
 
@@ -342,7 +228,7 @@ def _generate(args: argparse.Namespace, task: _Task, laid_out: Plan, batch: int,
         )
 
 
-def _tell(args: argparse.Namespace, task: _Task, calls: int, solver: str, batch: int, count: int, made: Made) -> None:
+def _tell(args: argparse.Namespace, task: Task, calls: int, solver: str, batch: int, count: int, made: Made) -> None:
     """Prints what was done."""
     device = jax.local_devices()[0]
     devices = jax.local_device_count()
