@@ -1,6 +1,10 @@
 """Diagnostics against closed forms of exact models: normal data of several scales, and mixtures."""
 
+import csv
+import io
 import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ from exact_models import SCHEDULES, initial_state
 
 import evodiff_jax as ed
 from evodiff_jax import diagnostics
+from evodiff_jax.cli import main
 from evodiff_jax.denoisers import gaussian_mixture
 
 KEY = jax.random.key(0)
@@ -19,6 +24,10 @@ CENTERS = np.random.default_rng(1).uniform(-1, 1, (6, 5))
 STD = 0.2
 SCALES = np.array([2.0, 1.0, 0.5, 0.2, 0.05])
 T = 0.6
+
+
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def normal(schedule, scales=SCALES):
@@ -59,7 +68,7 @@ def noisy(schedule, t, count=8, seed=3):
 # ---- the posterior
 
 
-@pytest.mark.parametrize("schedule", [EDM, VP])
+@pytest.mark.parametrize("schedule", [EDM, pytest.param(VP, marks=pytest.mark.slow)])
 def test_the_exact_covariance_is_that_of_the_mixture(schedule, x64):
     x = noisy(schedule, T)
     found = diagnostics.posterior_covariance(gaussian_mixture(schedule, CENTERS, STD), schedule, jnp.asarray(x), T)
@@ -70,7 +79,7 @@ def test_the_exact_covariance_is_that_of_the_mixture(schedule, x64):
     np.testing.assert_allclose(few, found, rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [EDM, VP])
+@pytest.mark.parametrize("schedule", [EDM, pytest.param(VP, marks=pytest.mark.slow)])
 def test_hutchinson_estimates_the_mixture_within_its_standard_error(schedule):
     x = noisy(schedule, T, 64)
     exact = mixture_covariance(schedule, x, T)
@@ -85,6 +94,7 @@ def test_hutchinson_estimates_the_mixture_within_its_standard_error(schedule):
     assert abs(np.mean(z)) < 5 / np.sqrt(len(z))
 
 
+@pytest.mark.slow
 def test_the_variance_of_every_coordinate(x64):
     x = noisy(EDM, T, 4)
     found = diagnostics.posterior_variance(
@@ -102,6 +112,7 @@ def test_independent_coordinates_need_one_probe():
     np.testing.assert_allclose(found.error, 0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_states_that_are_pytrees_and_keys_of_samples():
     x = jnp.asarray(noisy(EDM, T, 3), jnp.float32)
     parts = {"a": x[:, :2], "b": x[:, 2:].reshape(3, 3, 1)}
@@ -115,7 +126,7 @@ def test_states_that_are_pytrees_and_keys_of_samples():
 # ---- the reverse transition
 
 
-@pytest.mark.parametrize("schedule", [EDM, VP])
+@pytest.mark.parametrize("schedule", [pytest.param(EDM, marks=pytest.mark.slow), VP])
 def test_the_entropy_of_the_transition_of_normal_data_is_exact(schedule, x64):
     t, s = 0.8, 0.3
     alpha, sigma, _ = schedule.levels(np.array([t, s]))
@@ -149,6 +160,7 @@ def test_the_variance_of_the_transition_of_a_mixture_is_that_of_its_draws():
     )
 
 
+@pytest.mark.slow
 def test_the_information_of_all_steps_is_that_of_the_whole(x64):
     times = ed.grids.log_snr(VP, 9)
     total = sum(
@@ -161,7 +173,7 @@ def test_the_information_of_all_steps_is_that_of_the_whole(x64):
 # ---- runs
 
 
-@pytest.mark.parametrize("name", ["variance_optimal", "evodiff", "sa_solver", "heun", "dpm_solver-2"])
+@pytest.mark.parametrize("name", ["evodiff", *slow("variance_optimal", "sa_solver", "heun", "dpm_solver-2")])
 def test_following_a_plan_is_sampling(name):
     solver = ed.solvers.FORMS[name].make()
     denoise, x_T = gaussian_mixture(VP, CENTERS, STD), initial_state(VP, (3, 5))
@@ -178,7 +190,7 @@ def test_following_a_plan_is_sampling(name):
         np.testing.assert_allclose(a, b[:calls], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["evodiff", "variance_optimal", "ddim", "unipc-3", "dpm_solver-3"])
+@pytest.mark.parametrize("name", ["unipc-3", *slow("evodiff", "variance_optimal", "ddim", "dpm_solver-3")])
 def test_the_gain_is_the_derivative_of_the_next_state(name, x64):
     """In rules the coefficients depend on the output too; they are held fixed in the gain."""
     solver = ed.solvers.FORMS[name].make()
@@ -205,22 +217,30 @@ def test_the_gain_is_the_derivative_of_the_next_state(name, x64):
         assert (np.ptp(run.gains[2:4], axis=1) > 0).all()  # and later ones are of each sample
 
 
-def test_the_converged_trajectory_is_exact_for_normal_data(x64):
-    for schedule in (EDM, VP):
-        times = ed.grids.log_snr(schedule, 6)
-        x_T = initial_state(schedule, (4, 5), jnp.float64)
-        found = jax.jit(
-            lambda x, schedule=schedule, times=times: diagnostics.converge(
-                normal(schedule), x, schedule, times, substeps=40
-            )
-        )(x_T)
-        alpha, sigma, _ = schedule.levels(times)
-        growth = np.sqrt(alpha[:, None] ** 2 * SCALES**2 + sigma[:, None] ** 2)
-        exact = x_T * (growth / growth[0])[:, None]
-        np.testing.assert_allclose(found.states, exact, rtol=2e-4, atol=1e-8)
-        np.testing.assert_allclose(found.outputs[3], normal(schedule)(exact[3], times[3]), rtol=2e-4, atol=1e-8)
+@pytest.mark.parametrize("schedule", [EDM, pytest.param(VP, marks=pytest.mark.slow)])
+def test_the_converged_trajectory_of_normal_data_and_its_curvature(schedule, x64):
+    times = ed.grids.log_snr(schedule, 6)
+    x_T = initial_state(schedule, (4, 5), jnp.float64)
+    converge = lambda scales, x: diagnostics.converge(normal(schedule, scales), x, schedule, times, substeps=40)
+    found = jax.jit(lambda x: converge(SCALES, x))(x_T)
+    alpha, _, lambda_ = schedule.levels(times)
+    kappa = np.exp(-lambda_)[:, None]
+    u = np.sqrt(SCALES**2 + kappa**2)
+    exact = (x_T / alpha[0] / u[0]) * (alpha[:, None] * u)[:, None]
+    np.testing.assert_allclose(found.states, exact, rtol=2e-4, atol=1e-8)
+    np.testing.assert_allclose(found.outputs[3], normal(schedule)(exact[3], times[3]), rtol=2e-4, atol=1e-8)
+    # Of one scale all samples have the same curvature.
+    q, s = kappa[1:] / kappa[:-1], SCALES[2]
+    u = u[:, 2:3]
+    straight = u[:-1] * (q + (1 - q) * s**2 / (s**2 + kappa[:-1] ** 2))
+    of_scale = jax.tree.map(lambda leaf: leaf[..., 2:3] if leaf.ndim > 1 else leaf, found)
+    curvature = diagnostics.curvature(of_scale, schedule)
+    np.testing.assert_allclose(
+        curvature, np.repeat(abs((u[1:] - straight) / (u[1:] - u[:-1])), 4, 1), rtol=0.02, atol=1e-4
+    )
 
 
+@pytest.mark.slow
 def test_infinite_ends_of_lambda_are_refined():
     times = ed.grids.time_uniform(WHOLE, 4)
     denoise = gaussian_mixture(WHOLE, CENTERS, STD)
@@ -233,7 +253,7 @@ def test_infinite_ends_of_lambda_are_refined():
     np.testing.assert_allclose(found.states[-1], ed.sample(denoise, found.states[0], fine), atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["ddim", "unipc-2", "evodiff", "variance_optimal"])
+@pytest.mark.parametrize("name", ["ddim", *slow("unipc-2", "evodiff", "variance_optimal")])
 def test_transition_errors_of_normal_data(name, x64):
     """With each step from the exact state, and with the exact first outputs, against the steps written out."""
     scales = np.array([0.5])
@@ -264,6 +284,7 @@ def test_transition_errors_of_normal_data(name, x64):
     assert first.shape == exact[1].shape
 
 
+@pytest.mark.slow
 def test_errors_of_stages_are_no_transitions():
     denoise, x_T, times = normal(EDM), initial_state(EDM, (2, 5)), ed.grids.log_snr(EDM, 4)
     reference = diagnostics.converge(denoise, x_T, EDM, times, substeps=5)
@@ -276,6 +297,7 @@ def test_errors_of_stages_are_no_transitions():
     assert np.isnan(diagnostics.state_errors(diagnostics.follow(denoise, x_T, plan), elsewhere)[2]).all()
 
 
+@pytest.mark.slow
 def test_reconstruction_errors_are_those_of_the_data_predictions():
     random = np.random.default_rng(0)
     x_0 = jnp.asarray(SCALES * random.standard_normal((500, 5)), jnp.float32)
@@ -287,26 +309,14 @@ def test_reconstruction_errors_are_those_of_the_data_predictions():
     assert abs(found / normal_variance(EDM, times[0]).mean() - 1) < 5 * np.sqrt(2 / (500 * 2))
 
 
-def test_curvature_of_normal_data(x64):
-    for schedule in (EDM, VP):
-        times = ed.grids.log_snr(schedule, 6)
-        x_T = initial_state(schedule, (2, 1), jnp.float64)
-        path = diagnostics.converge(normal(schedule, SCALES[2:3]), x_T, schedule, times, substeps=100)
-        s, kappa = SCALES[2], np.exp(-schedule.levels(times).lambda_)
-        u = np.sqrt(s**2 + kappa**2)
-        q = kappa[1:] / kappa[:-1]
-        straight = u[:-1] * (q + (1 - q) * s**2 / (s**2 + kappa[:-1] ** 2))
-        exact = abs(u[1:] - straight) / abs(u[1:] - u[:-1])
-        np.testing.assert_allclose(diagnostics.curvature(path, schedule)[:, 0], exact, rtol=1e-2, atol=1e-4)
-
-
+@pytest.mark.slow
 def test_a_point_is_reached_in_a_straight_line():
     point = lambda x, t: jnp.zeros_like(x) + 0.3
     path = diagnostics.converge(point, initial_state(EDM, (2, 3)), EDM, ed.grids.log_snr(EDM, 4), substeps=3)
     np.testing.assert_allclose(diagnostics.curvature(path, EDM), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_density_of_calls_of_normal_data(order, x64):
     s = 0.5
     times = ed.grids.log_snr(EDM, 120)
@@ -389,3 +399,130 @@ def test_bad_input_is_refused_before_anything_is_compiled():
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+# ---- all of it, and the command
+
+NAMES = ("ddim", "evodiff", "heun")
+
+
+def diagnosed(**options):
+    times = ed.grids.log_snr(EDM, 4)
+    made = {name: ed.solvers.FORMS[name].make() for name in options.pop("names", NAMES)}
+    given = {"key": KEY, "probes": 2, "substeps": 30, **options}
+    denoise = given.pop("denoise", normal(EDM))
+    return diagnostics.diagnose(denoise, initial_state(EDM, (5, 5)), EDM, times, made, **given)
+
+
+@pytest.mark.slow
+def test_a_diagnosis_of_normal_data():
+    found = diagnosed()
+    times = ed.grids.log_snr(EDM, 4)
+    for name in NAMES:
+        values = found[name].values
+        assert set(diagnostics.QUANTITIES) <= set(values)
+        assert all(value.shape == (4, 5) for value in values.values())
+        for i, (t, after) in enumerate(itertools.pairwise(times)):
+            variance = normal_variance(EDM, t).mean()
+            np.testing.assert_allclose(values["posterior_variance"][i], variance, rtol=1e-4)
+            entropy = diagnostics.transition_entropy(EDM, t, after, variance)
+            np.testing.assert_allclose(values["entropy"][i], entropy, rtol=1e-4)
+        assert np.isfinite(values["state_error"]).all()
+    several = found["heun"].values
+    assert np.isnan(several["transition_error"]).all()
+    assert np.isnan(several["update_variance"]).all()
+    ddim, evodiff = found["ddim"].values, found["evodiff"].values
+    gain = (1 - times[1:] / times[:-1]) ** 2
+    np.testing.assert_allclose(ddim["update_variance"], gain[:, None] * ddim["posterior_variance"], rtol=1e-4)
+    np.testing.assert_array_equal(np.isnan(evodiff["zeta"]).all(1), [True, True, False, False])
+    assert ((evodiff["zeta"][2:] > 0) & (evodiff["zeta"][2:] < 1)).all()
+
+
+@pytest.mark.slow
+def test_a_diagnosis_in_batches_with_weights_and_conditions_is_the_same():
+    whole = diagnosed(names=["evodiff"])
+    weighted = lambda params, x, t, label: params * normal(EDM)(x, t) + 0 * label[:, None]
+    parts = diagnosed(names=["evodiff"], denoise=weighted, params=1.0, condition=np.arange(5.0), batch=2)
+    for name in ("state_error", "transition_error", "zeta", "reconstruction_error", "curvature", "entropy"):
+        a, b = (found["evodiff"].values[name] for found in (whole, parts))
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_tables_and_figure_of_a_diagnosis():
+    found = diagnosed(names=["ddim", "evodiff"])
+    rows = list(csv.DictReader(io.StringIO(diagnostics.csv_of(found))))
+    assert [row["solver"] for row in rows] == ["ddim"] * 4 + ["evodiff"] * 4
+    value = found["evodiff"].values["state_error"][3]
+    assert float(rows[7]["state_error"]) == pytest.approx(value.mean(), rel=1e-4)
+    assert float(rows[7]["state_error_interval"]) == pytest.approx(1.96 * value.std(ddof=1) / np.sqrt(5), rel=1e-3)
+    assert rows[0]["zeta"] == ""
+    text = diagnostics.markdown_of(found)
+    assert "## evodiff" in text
+    assert text.count("\n| 4 |") == 2
+    figure = diagnostics.plot(found, "title")
+    assert [panel.get_title() for panel in figure.axes if panel.get_visible()][-2:] == ["zeta", "eta"]
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert file.getvalue()[:4] == b"\x89PNG"
+
+
+def test_a_diagnosis_refuses_what_has_no_trajectory():
+    with pytest.raises(ValueError, match="sa_solver is stochastic"):
+        diagnosed(names=["sa_solver"])
+    with pytest.raises(TypeError, match="solvers must be a dictionary"):
+        diagnosed(names=[])
+    with pytest.raises(ValueError, match="batch must be an integer of at least 1"):
+        diagnosed(batch=0)
+
+
+@pytest.mark.slow
+def test_a_diagnosis_says_of_which_run_numbers_are_not_finite():
+    times = ed.grids.log_snr(EDM, 4)
+    broken = lambda x, t: jnp.where(t < times[2], jnp.nan, normal(EDM)(x, t))
+    with pytest.raises(ValueError, match=r"the converged trajectory: the data prediction is not finite from t = "):
+        diagnosed(denoise=broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--solvers sa_solver", "argument --solvers: must be of variance_optimal"),
+        ("--exact circle", "argument --exact: must be one of mixture-2d"),
+        ("--exact mixture-2d --class 3", "argument --class: not with --exact"),
+        ("--denoise-to-zero", "argument --denoise-to-zero: not here"),
+        ("--probes 1", "must be an integer in 2"),
+        ("--out missing/folder", "there is no folder"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["diagnose", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_writes_tables_and_a_figure(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["diagnose", "--steps", "4", "--samples", "6", "--probes", "2", "--substeps", "4", "--out", "out"]
+    assert main([*run, "--exact", "mixture-2d", "--solvers", "evodiff", "heun"]) == 0
+    assert "mean entropy falls in 3 of 3 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"diagnosis.{e}" for e in ("csv", "md", "png")
+    ]
+    assert main([*run, "--solvers", "ddim", "--class", "bag"]) == 0
+    assert "model    fashion_mnist" in capsys.readouterr().out
+    assert (tmp_path / "out" / "diagnosis.md").read_text().startswith("# Solvers on fashion_mnist, step by step")
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "diagnostics.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/diagnostics.md", "exec"), names)
+    assert abs(names["z"]) < 5
