@@ -26,7 +26,8 @@ import writers
 from PIL import Image
 
 import evodiff_jax as ed
-from evodiff_jax import cli, pretrained
+from evodiff_jax import cli, evaluation, pretrained
+from evodiff_jax.evaluation import _problems
 from evodiff_jax.pretrained import loading
 from evodiff_jax.pretrained.folders import read_scheduler
 from evodiff_jax.pretrained.model import digest_of
@@ -595,3 +596,28 @@ def test_the_commands_of_the_page_are_understood():
     assert len(commands) == 8
     for command in commands:
         cli._parser().parse_args(shlex.split(command))
+
+
+# -- comparisons
+
+
+def test_noise_of_a_discrete_schedule_has_its_deviation(folders, tmp_path, monkeypatch):
+    model = pretrained.load(folders / "ddpm")
+    monkeypatch.setattr(_problems, "judged_by_itself", lambda problem, *_: problem)
+    noise = evaluation.image_model("ddpm", model, 2, tmp_path).noise
+    assert noise.std() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.slow
+def test_solvers_are_compared_on_prompts(folders, capsys, tmp_path):
+    options = ("--guidance", 4, "--samples", 10, "--batch", 10, "--calls", 5, "--grids", "log_snr", "--out", tmp_path)
+    solvers = ("--solvers", "ddim", "dpm_solver_pp-2")
+    given = ("--prompt", "a cat", "--prompt", "a dog")
+    code, out, err = run(capsys, "compare", "--checkpoint", folders / "sd1", *given, *options, *solvers)
+    assert (code, err) == (0, "")
+    assert "judged   by the latents' means over blocks, against 20 converged samples" in out
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "results.csv", "sd1_log_snr_5_calls.png"}
+    code, _, err = run(capsys, "compare", "--checkpoint", folders / "sd1", *options, *solvers)
+    assert (code, "makes pictures of texts: give --prompt" in err) == (2, True)
+    code, _, err = run(capsys, "compare", *given, *options, *solvers)
+    assert (code, "argument --prompt: fashion_mnist has no text encoder" in err) == (2, True)

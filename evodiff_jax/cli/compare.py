@@ -13,8 +13,10 @@ import numpy as np
 
 from evodiff_jax import __version__
 from evodiff_jax.cli.arguments import add_checkpoint_arguments, guidance, integer
+from evodiff_jax.cli.models import load_model
 from evodiff_jax.cli.output import check_folder
 from evodiff_jax.cli.plans import check_plans, facts_of, read_plans
+from evodiff_jax.cli.prompts import read_prompts
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.schedules import edm
@@ -22,7 +24,6 @@ from evodiff_jax.schedules import edm
 if TYPE_CHECKING:
     from evodiff_jax.evaluation import Problem
     from evodiff_jax.fitting import Fitted
-    from evodiff_jax.pretrained import Model
 
 _PACKAGED = "fashion_mnist"
 _CALLS = (5, 6, 8, 10, 12, 15, 20)
@@ -37,6 +38,14 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="model file: a public checkpoint, or what training wrote (default: the packaged model)",
     )
     add_checkpoint_arguments(parser)
+    add("--autoencoder", metavar="PATH", help="folder of the autoencoder, for a file of a model of latents such as DiT")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="for a folder of a model of texts; may be given more than once",
+    )
+    add("--prompts", type=Path, metavar="FILE", help="a file of prompts, one a line")
     add("--exact", metavar="MODEL", help="mixture-2d or mixture-64d, models without error, for a network")
     add("--guidance", type=guidance, metavar="SCALE", help="classifier-free guidance (default: 1, which is none)")
     add("--data", metavar="DIR", help="folder of the Fashion-MNIST IDX files")
@@ -75,9 +84,10 @@ def run_compare(args: argparse.Namespace) -> None:
       OSError: an output cannot be written.
     """
     if args.exact is not None:
-        for option, given in (("--checkpoint", args.checkpoint), ("--guidance", args.guidance), ("--data", args.data)):
-            if given is not None:
-                raise ValueError(f"argument {option}: not with --exact, whose models have no classes and need no data")
+        given = {name: getattr(args, name) for name in ("checkpoint", "guidance", "data", "prompt", "prompts")}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"argument --{name}: not with --exact, whose models have no classes and need no data")
     check_folder("--out", args.out)
 
     from evodiff_jax import evaluation
@@ -104,12 +114,12 @@ def run_compare(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     try:
-        model = _load_model(args)
-        if model is None:  # exact models have no digest
+        if args.exact is not None:  # exact models have no digest
             check_plans("--plans", args.plans, edm())
+            batch = min(args.batch, args.samples)
+            problem = evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
         else:
-            check_plans("--plans", args.plans, model.schedule, model.digest, {"guidance": _scale(args)})
-        problem = _problem(args, model)
+            problem = _problem(args)
         made = evaluation.compare(problem, grids, calls, args.out, solvers, plans=plans)
         # disable=None: no bar unless stderr is a terminal.
         results = list(tqdm(made, total=len(planned), desc=problem.name, unit="run", leave=False, disable=None))
@@ -130,26 +140,27 @@ def _scale(args: argparse.Namespace) -> float:
     return 1.0 if args.guidance is None else args.guidance
 
 
-def _load_model(args: argparse.Namespace) -> Model | None:
-    """The model, None where that is an exact one."""
-    if args.exact is not None:
-        return None
-    from evodiff_jax import pretrained
-
-    model = pretrained.load(args.checkpoint or _PACKAGED, config=args.config, entry=args.entry)
-    if model.image_shape[2] not in (1, 3):
-        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
-    model.denoiser(model.params, np.zeros(1, np.int32) if model.num_classes else None, _scale(args))  # checks the scale
-    return model
-
-
-def _problem(args: argparse.Namespace, model: Model | None) -> Problem:
+def _problem(args: argparse.Namespace) -> Problem:
+    """The model to compare solvers on, with what judges its samples."""
     from evodiff_jax import evaluation
 
+    args.checkpoint = args.checkpoint or _PACKAGED
+    model, pipeline = load_model(args, "float32")
+    check_plans("--plans", args.plans, model.schedule, model.digest, {"guidance": _scale(args)})
     batch, scale = min(args.batch, args.samples), _scale(args)
-    if model is None:
-        return evaluation.mixture(args.exact, args.samples, args.out, args.seed, batch)
-    return evaluation.image_model(model.name, model, args.samples, args.out, args.seed, scale, batch, args.data)
+    settings = (args.samples, args.out, args.seed, scale, batch)
+    prompts = read_prompts(args)
+    if pipeline is not None and pipeline.encoders:
+        if not prompts:
+            raise ValueError(f"{args.checkpoint} makes pictures of texts: give --prompt")
+        return evaluation.text_model(pipeline.name, pipeline, prompts, *settings)
+    if prompts:
+        raise ValueError(f"argument --prompt: {args.checkpoint} has no text encoder")
+    if pipeline is None and model.image_shape[2] not in (1, 3):
+        raise ValueError(f"{args.checkpoint} makes images of {model.image_shape[2]} channels; a picture shows 1 or 3")
+    model.denoiser(model.params, np.zeros(1, np.int32) if model.num_classes else None, scale)  # checks the scale
+    decode = None if pipeline is None else lambda x: pipeline.decode(pipeline.params, x)
+    return evaluation.image_model(model.name, model, *settings, args.data, decode)
 
 
 def _facts(args: argparse.Namespace, fitted: Mapping[str, Fitted]) -> list[str]:

@@ -84,7 +84,7 @@ def load_guided(args: argparse.Namespace) -> Guided:
     if args.classifier is None and args.classifier_config is not None:
         raise ValueError("argument --classifier-config: not without --classifier")
     dtype = args.dtype or (pretrained.default_dtype() if Path(args.checkpoint).is_dir() else "float32")
-    model, pipeline = _loaded(args, dtype)
+    model, pipeline = load_model(args, dtype)
     if pipeline is not None and pipeline.encoders:
         raise ValueError(f"{args.checkpoint} makes pictures of texts: give --prompt, which the command sample has")
     if pipeline is None and model.image_shape[2] not in (1, 3):
@@ -124,7 +124,7 @@ def load_guided(args: argparse.Namespace) -> Guided:
     return Guided(model, classifier, params, classes, make_denoiser, words, described, dtype, decode)
 
 
-def _loaded(args: argparse.Namespace, dtype: str) -> tuple[Model, Pipeline | None]:
+def load_model(args: argparse.Namespace, dtype: str) -> tuple[Model, Pipeline | None]:
     """The model, and for one of latents the pipeline with its autoencoder."""
     from evodiff_jax import pretrained
 

@@ -7,7 +7,16 @@ from evodiff_jax.evaluation._document import write_report
 from evodiff_jax.evaluation._fid import Fid, evaluate, inception_features, settings_of, skipped, source_of
 from evodiff_jax.evaluation._fid_report import aligned, fid_table, write_fid_report
 from evodiff_jax.evaluation._plots import check_plots
-from evodiff_jax.evaluation._problems import MIXTURES, exact, image_model, in_parts, judged_by_itself, mixture, modes_of
+from evodiff_jax.evaluation._problems import (
+    MIXTURES,
+    exact,
+    image_model,
+    in_parts,
+    judged_by_itself,
+    mixture,
+    modes_of,
+    text_model,
+)
 from evodiff_jax.evaluation._reference import Reference, read_reference
 from evodiff_jax.evaluation._report import SUBJECT, standings
 from evodiff_jax.evaluation._results import Ratio, Result, best_grids, compare, ratios
@@ -66,6 +75,7 @@ __all__ = [
     "source_of",
     "standings",
     "stored",
+    "text_model",
     "times_of",
     "to_uint8",
     "write_fid_report",

@@ -1,6 +1,8 @@
 """Models to compare solvers on: exact ones, and image models with what judges their samples."""
 
+import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,14 @@ from evodiff_jax.evaluation._runs import Problem, converged
 from evodiff_jax.evaluation._store import check_store
 from evodiff_jax.evaluation.data import load_fashion_mnist
 from evodiff_jax.generation import digest_of_params
-from evodiff_jax.schedules import edm
+from evodiff_jax.schedules import NoiseSchedule, edm
 
 if TYPE_CHECKING:
-    from evodiff_jax.pretrained import Model
+    from evodiff_jax.pretrained import Model, Pipeline
 
 _EXACT_DRAWS = 10_000
 _IN_FEATURES = 200  # images at a time
+_BLOCKS = 8  # along a side
 
 # The exact models that `mixture` makes.
 MIXTURES = ("mixture-2d", "mixture-64d")
@@ -86,6 +89,7 @@ def image_model(
     guidance: float = 1.0,
     batch: int = 100,
     data: str | os.PathLike[str] | None = None,
+    decode: Callable[[Any], jax.Array] | None = None,
 ) -> Problem:
     """An image model, with the classes in turn where it has some.
 
@@ -101,6 +105,7 @@ def image_model(
       guidance: scale of classifier-free guidance.
       batch: how many samples at a time.
       data: folder of the IDX files of Fashion-MNIST, see `load_fashion_mnist`.
+      decode: from samples that are latents to images, for pictures of them; None for a model of pixels.
 
     Returns:
       The problem.
@@ -133,19 +138,89 @@ def image_model(
         denoise=denoise,
         params=model.params,
         schedule=schedule,
-        noise=schedule.t_max * np.random.default_rng(seed).standard_normal(shape, np.float32),
+        noise=_noise(schedule, shape, seed),
         condition=np.arange(count, dtype=np.int32) % max(model.num_classes, 1),
         features=features if fits else lambda x: x.reshape(len(x), -1),
         data=np.empty(0),
         batch=batch,
-        images=lambda x: x,
+        images=(lambda x: x) if decode is None else _one_by_one(decode),
     )
     if test is None:
         settings = {"seed": seed, "weights": weights, "guidance": guidance}
-        return judged_by_itself(problem, samples, folder, "the pixels", settings)
+        judged_by = "the pixels" if decode is None else "the latents"
+        return judged_by_itself(problem, samples, folder, judged_by, settings)
     width = classifier.config.features
     judged_by = f"{width} features of the packaged classifier, against the {len(test):,} test images of Fashion-MNIST"
     return problem._replace(data=features(test), judged_by=judged_by)
+
+
+def text_model(
+    name: str,
+    pipeline: "Pipeline",
+    prompts: Sequence[str],
+    samples: int,
+    folder: Path,
+    seed: int = 0,
+    guidance: float = 1.0,
+    batch: int = 8,
+) -> Problem:
+    """A model of the latents of pictures of texts, with the prompts in turn, judged by the latents.
+
+    Args:
+      name: what it is called.
+      pipeline: the model, its text encoders and autoencoder.
+      prompts: the texts.
+      samples: how many to make.
+      folder: where they are stored.
+      seed: of the noise.
+      guidance: scale of classifier-free guidance, away from no prompt.
+      batch: how many samples at a time.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: the folder holds runs of this name with other settings.
+    """
+    settings = {"seed": seed, "weights": pipeline.digest[:16], "guidance": guidance, "prompts": list(prompts)}
+    check_store(folder / name, {"samples": samples, **settings})
+    count = 3 * samples
+
+    def denoise(params: Any, x: jax.Array, t: jax.Array, which: jax.Array) -> jax.Array:
+        text = jax.tree.map(lambda of_all: of_all[which], params[1])
+        return pipeline.denoiser(params[0], text, guidance)(x, t)
+
+    problem = Problem(
+        name=name,
+        denoise=denoise,
+        params=(pipeline.params, pipeline.text(pipeline.params, prompts)),
+        schedule=pipeline.schedule,
+        noise=_noise(pipeline.schedule, (count, *pipeline.latent_shape(pipeline.size)), seed),
+        condition=np.arange(count, dtype=np.int32) % len(prompts),
+        features=_means,
+        data=np.empty(0),
+        batch=batch,
+        images=_one_by_one(lambda x: pipeline.decode(pipeline.params, x)),
+    )
+    return judged_by_itself(problem, samples, folder, "the latents' means over blocks", settings)
+
+
+def _means(x: np.ndarray) -> np.ndarray:
+    """Means over blocks (N, D), of which there are at most 8 x 8: a covariance of all latents would be too large."""
+    count, height, width, channels = x.shape
+    rows, columns = (math.gcd(side, _BLOCKS) for side in (height, width))
+    return x.reshape(count, rows, height // rows, columns, width // columns, channels).mean((2, 4)).reshape(count, -1)
+
+
+def _one_by_one(decode: Callable[[Any], jax.Array]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of a batch of one image on the device, for some."""
+    compiled = jax.jit(decode)
+    return lambda x: np.concatenate([np.asarray(compiled(one[None])) for one in x])
+
+
+def _noise(schedule: NoiseSchedule, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    deviation = np.float32(schedule.sigma(schedule.t_max))
+    return deviation * np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def judged_by_itself(problem: Problem, samples: int, folder: Path, judged_by: str, settings: dict) -> Problem:
