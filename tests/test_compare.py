@@ -211,7 +211,8 @@ def test_samples_of_a_solver_that_has_changed_are_not_read(folder, sampled):
     assert after.rms.value != before.rms.value
     assert sampled == [30, 4, 4]
     rules = [solvers.evodiff(), solvers.evodiff(last_step="released"), solvers.evodiff(channel_axis=1)]
-    digests = [_store.digest_of_plan(plan(problem.schedule, np.array([80.0, 1.0, 0.1]), solver)) for solver in rules]
+    times = np.array([80.0, 1.0, 0.1])
+    digests = [evaluation.digest_of_plan(plan(problem.schedule, times, solver)) for solver in rules]
     assert len(set(digests)) == 3
 
 
@@ -346,6 +347,7 @@ def test_infinite_figures_are_no_numbers_to_average():
     assert _report.geometric_mean([2.0, 8.0]) == pytest.approx(4)
 
 
+@pytest.mark.slow
 def test_ours_and_the_best_peers_stand_out_of_the_plot(folder):
     more = [result(f"s{i}", 3.0 + i, calls=calls) for i in range(5) for calls in (5, 8)]
     assert _plots.best_peers(RESULTS + more, 2) == ["s0", "s1"]  # heun has blown up, ddim is four times the best

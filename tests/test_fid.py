@@ -356,6 +356,7 @@ def test_sample_k_depends_on_the_seed_and_k_alone(run, tmp_path):
     assert set(shift.ravel()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_another_batch_size_has_the_same_statistics(run, tmp_path):
     run(folder=tmp_path / "a", batch=16)
     run(folder=tmp_path / "b", batch=7)

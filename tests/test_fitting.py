@@ -115,7 +115,7 @@ def test_constants_stay_exact_and_times_in_order(name, schedule, steps, denoised
     [
         pytest.param("dpm_solver_pp-2", "vp_linear", marks=pytest.mark.slow),
         pytest.param("ipndm-3", "sigma ends at 0", marks=pytest.mark.slow),
-        ("unipc-2", "bisected"),
+        pytest.param("unipc-2", "bisected", marks=pytest.mark.slow),
         pytest.param("variance_optimal", "sigma ends at 0", marks=pytest.mark.slow),
     ],
 )

@@ -67,7 +67,7 @@ def test_channels_beyond_those_guided_are_conditional():
     np.testing.assert_array_equal(partly[..., 1:], network(X, 1.0, CONDITION)[..., 1:])
     away = classifier_free_guidance(network, CONDITION, NULL, 0, channels=1)(X, 1.0)
     np.testing.assert_array_equal(away[..., 1:], network(X, 1.0, CONDITION)[..., 1:])
-    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="channels must be an integer of at least 1, got 0"):
         classifier_free_guidance(network, CONDITION, NULL, 3.0, channels=0)
 
 

@@ -71,7 +71,7 @@ def resized(x, size=299):
         ("inception_32", False),
         pytest.param("inception_32", True, marks=pytest.mark.slow),
         pytest.param("inception_no_resize", False, marks=pytest.mark.slow),
-        ("inception_no_resize", True),
+        pytest.param("inception_no_resize", True, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_of_the_original(name, wide):

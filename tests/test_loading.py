@@ -361,6 +361,7 @@ def test_info_says_why_a_file_does_not_load(folder, adm_file, capsys):
 # The documentation
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page(folder):
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -99,6 +99,7 @@ def test_bootstrap_of_a_ratio_takes_the_same_rows_of_both():
         np.testing.assert_allclose(found, 2.0)
 
 
+@pytest.mark.slow
 def test_a_centered_interval_of_a_distance_holds_it():
     random = np.random.default_rng(0)
     a, b = random.normal(0.1, 1, (100, 20)), random.normal(size=(1000, 20))

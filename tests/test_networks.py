@@ -17,9 +17,20 @@ from evodiff_jax.pretrained.states import original_shapes
 CASES = [(folder, name) for folder in ("edm", "adm", "adm_classifier") for name in networks.names(folder)]
 # By default float64 for all but those that are like others, and float32 for two; the rest is among the slow tests.
 QUICK = ("vp_ddpmpp_uncond", "adm_cond_new_order")
-ALIKE = ("ve_ncsnpp_uncond", "adm_plain_conv_resample", "classifier_adaptive", "classifier_half_mult")
+ALIKE = (
+    *("ve_ncsnpp_uncond", "edm_ncsnpp_uncond", "iddpm_adm_cond", "adm_plain_conv_resample"),
+    *("classifier_adaptive", "classifier_half_mult"),
+)
+    "ve_ncsnpp_uncond",
+    "edm_ncsnpp_uncond",
+    "iddpm_adm_cond",
+    "adm_plain_conv_resample",
+    "classifier_adaptive",
+    "classifier_half_mult",
+)
 IN_FLOAT64 = [pytest.param(*case, marks=pytest.mark.slow if case[1] in ALIKE else ()) for case in CASES]
 IN_FLOAT32 = [pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in CASES]
+FILES = ("edm-cifar10-32x32-cond-vp", "edm-imagenet-64x64-cond-adm", "adm-256x256_diffusion", "adm-64x64_classifier")
 RELEASED = sorted(path.name.removesuffix(".json.gz") for path in (networks.DATA / "full_size").glob("[abe]*.gz"))
 
 
@@ -70,7 +81,9 @@ def test_images_in_float64_are_computed_with_in_float64():
     assert networks.error(output, case.output("out64")) < 1e-12
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FILES else pytest.mark.slow) for name in RELEASED]
+)
 def test_arrays_of_the_released_files(name):
     released = networks.full_size(name)
     family = "adm" if name.startswith("adm") else "edm"

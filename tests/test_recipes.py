@@ -466,6 +466,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_recipes():
     seen = []
 

@@ -151,6 +151,7 @@ def test_coefficients_are_chosen_for_channels_or_for_samples(name, x64):
 # -- traced times
 
 
+@pytest.mark.slow
 @rules
 def test_traced_times_give_the_samples_of_concrete_ones(name, x64):
     """From alpha = 0 and to sigma = 0 too, and in one step."""

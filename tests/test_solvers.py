@@ -192,6 +192,7 @@ def test_traced_times_give_the_tables_of_concrete_ones(x64):
             np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow
 def test_tables_of_traced_times_that_end_at_sigma_0_have_finite_gradients():
     schedule = ed.schedules.edm(0.0, 80.0)
     times = jnp.asarray(ed.grids.time_quadratic(schedule, 6), jnp.float32)
@@ -222,7 +223,7 @@ def test_samples_of_traced_times_that_end_at_sigma_0_have_finite_gradients():
 @pytest.mark.parametrize(
     ("times", "solvers"),
     [
-        ([80.0, 5.0, 0.5, 0.0], HIGHEST),
+        pytest.param([80.0, 5.0, 0.5, 0.0], HIGHEST, marks=pytest.mark.slow),
         ([80.0, 0.0], HIGHEST),
         pytest.param([80.0, 5.0, 0.5, 0.0], ALL, marks=pytest.mark.slow),
     ],

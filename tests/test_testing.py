@@ -42,7 +42,9 @@ def test_a_data_prediction_passes(name):
     assert fit.error < 0.6  # there are two clusters: a linear prediction is worse
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "velocity", "score"])
+@pytest.mark.parametrize(
+    "prediction", ["epsilon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v", "velocity", "score"))]
+)
 @pytest.mark.parametrize("name", ["discrete", "edm"])
 def test_a_network_as_it_is_gets_its_arguments_named(name, prediction):
     schedule = SCHEDULES[name]

@@ -14,6 +14,7 @@ from evodiff_jax.pretrained.model import FAMILIES
 from evodiff_jax.pretrained.states import original_shapes
 
 CASES = networks.names("clip_text")
+QUICK = ("clip_l_like", "clip_g_like_projection")
 RELEASED = ("sd15-text-encoder", "sd21-text-encoder", "sdxl-text-encoder-2")
 OUTPUTS = ("last", "penultimate", "penultimate_normed", "pooled", "text_embeds")
 
@@ -28,7 +29,7 @@ def errors(case, outputs, kind):
     return max(networks.error(outputs[name], case.output(f"{name}{kind}")) for name in stored)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_outputs_of_the_original(name):
     case = networks.Case("clip_text", name)
     model = load(case, case.arrays())
@@ -38,7 +39,9 @@ def test_outputs_of_the_original(name):
     assert errors(case, outputs, 64) < 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_outputs_in_float64(name):
     case = networks.Case("clip_text", name)
     with enable_x64():
@@ -83,7 +86,9 @@ def test_names_with_and_without_prefix():
         load(case, {**arrays, "final_layer_norm.bias": arrays["text_model.final_layer_norm.bias"]})
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("sd21") else ()) for name in RELEASED]
+)
 def test_arrays_of_the_released_files(name):
     released = networks.full_size(name)
     shapes = original_shapes(FAMILIES["clip_text"].build(released["cls"], released["arguments"], None))
@@ -140,6 +145,7 @@ def test_more_tokens_than_positions():
         model.denoiser(model.params)
 
 
+@pytest.mark.slow
 def test_shorter_texts_are_the_beginnings_of_longer_ones():
     case = networks.Case("clip_text", "clip_h_like")
     model, ids = load(case, case.arrays()), case.inputs()["input_ids"]
@@ -148,6 +154,7 @@ def test_shorter_texts_are_the_beginnings_of_longer_ones():
     np.testing.assert_allclose(whole[:, :6], part, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_and_keeps_norms_in_float32():
     case = networks.Case("clip_text", "clip_g_like_projection")
     model = load(case, case.arrays(), dtype="bfloat16")

@@ -67,6 +67,7 @@ def test_loss_of_known_denoisers(sigma):
     np.testing.assert_allclose(edm_loss(lambda x, s: x0, x0, sigmas, noise, SIGMA_DATA), 0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_label_dropout_hides_labels(dataset):
     config = training.TrainConfig(network=NETWORK)
     rng = np.random.default_rng(0)  # a new network's output layer is zero and would hide everything before it
@@ -100,7 +101,7 @@ SMALL_CLASSIFIER = ClassifierConfig(image_shape=(8, 8, 1), num_classes=2, widths
 @pytest.mark.parametrize(
     ("network", "load"),
     [
-        (SMALL_CLASSIFIER, pretrained.load_classifier),
+        pytest.param(SMALL_CLASSIFIER, pretrained.load_classifier, marks=pytest.mark.slow),
         pytest.param(NETWORK, pretrained.load, marks=pytest.mark.slow),
     ],
     ids=["classifier", "diffusion model"],
@@ -146,6 +147,7 @@ def test_a_tiny_network_learns_a_tiny_set(tmp_path, dataset):
     assert error < 0.1 * SIGMA_DATA**2
 
 
+@pytest.mark.slow
 def test_averaged_weights_follow_the_power_function(dataset):
     config = training.TrainConfig(network=SMALL_CLASSIFIER, batch=4, warmup=2)
     state = filled(config, lambda p: np.full(p.shape, 0.1, p.dtype))

@@ -46,7 +46,7 @@ def temporary_states(name, steps, remat):
     return compiled.memory_analysis().temp_size_in_bytes / STATE_BYTES
 
 
-@but_slow("ddim")
+@but_slow()
 def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_steps(name, optimized):
     few, many = (temporary_states(name, steps, remat=True) for steps in (9, 100))
     kept = temporary_states(name, 100, remat=False)
@@ -55,7 +55,7 @@ def test_memory_of_rematerialised_gradients_is_nearly_flat_in_the_number_of_step
     assert kept > 40 * 100
 
 
-@but_slow("unipc-2", "evodiff")
+@but_slow("unipc-2")
 def test_x_t_can_be_donated(name, optimized):
     plan = plan_of(name, 4)
     run = lambda x: ed.sample(lambda x, t: x / (1 + t**2), x, plan)
@@ -149,7 +149,7 @@ def test_a_batch_over_eight_devices_runs_without_communication_and_gives_the_sam
 @pytest.mark.parametrize(
     "names",
     [
-        ["sa_solver"],
+        pytest.param(["sa_solver"], marks=pytest.mark.slow),
         pytest.param(["ddim", "heun", "unipc-2", "ipndm-4", "evodiff", "variance_optimal"], marks=pytest.mark.slow),
     ],
     ids=["quick", "others"],
@@ -207,7 +207,7 @@ def test_shard_map_explicit_meshes_and_pmap_give_the_same_samples(names):
     assert out.split() == names
 
 
-@but_slow("evodiff", "variance_optimal", "sa_solver")
+@but_slow("variance_optimal")
 def test_a_sampler_of_plans_is_exported_for_every_platform_and_read_back(name):
     """Lowering for TPUs and GPUs needs neither."""
     export = pytest.importorskip("jax.export")
@@ -236,7 +236,7 @@ def test_a_rule_of_a_closure_is_not_exported():
         export.export(run)(jnp.ones((2, 3)), plan).serialize()
 
 
-@but_slow("unipc-2", "sa_solver")
+@but_slow("unipc-2")
 def test_it_runs_under_jaxs_debugging_switches(name):
     key, x_T = jax.random.key(0), initial_state(EDM, (2, 4, 4, 3))
     plan = jax.tree.map(jnp.asarray, plan_of(name, 4, max_calls=9))
@@ -266,7 +266,12 @@ def test_tables_are_never_rounded_to_bfloat16(name):
 
 
 @pytest.mark.parametrize(
-    ("network_dtype", "dtype"), [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)]
+    ("network_dtype", "dtype"),
+    [
+        (jnp.float32, jnp.float32),
+        pytest.param(jnp.bfloat16, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_step_is_finite_where_sigma_ends_at_0(network_dtype, dtype):
     """Of every deterministic family; those without a rule side by side."""

@@ -76,6 +76,7 @@ def test_normal_data_of_any_deviation_are_solved_far_better_than_by_fixed_coeffi
     assert np.median(ours) < np.median(theirs) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deviation", [1e-4, 0.02, 1.0, 50.0])
 def test_normal_data_far_from_the_usual_are_no_worse_than_by_ddim(deviation, x64):
     x_T, times = initial_state(EDM, (2, 8), jnp.float64), ed.grids.log_snr(EDM, 10)
@@ -87,6 +88,7 @@ def test_normal_data_far_from_the_usual_are_no_worse_than_by_ddim(deviation, x64
     assert ours < theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
 def test_without_a_prior_the_rule_is_exact_for_data_of_one_scale(scale, x64):
     """Its own coefficients c*, which the table of a prior completes, make both steps exact."""
@@ -147,6 +149,7 @@ def test_a_run_from_alpha_0_to_sigma_0_is_better_than_ddim(x64):
         assert median_error(samples(variance_optimal(), steps), exact) < median_error(samples(ddim(), steps), exact)
 
 
+@pytest.mark.slow
 def test_samples_of_traced_times_have_finite_gradients_in_them():
     x_T = initial_state(EDM, (2, 6))
     loss = lambda times: jnp.sum(

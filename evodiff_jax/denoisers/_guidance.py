@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.denoisers._prediction import check_signal
-from evodiff_jax.numerics import checked_arguments, concrete_array
+from evodiff_jax.numerics import checked_arguments, concrete_array, is_integer
 from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, per_sample, widest
 
@@ -63,8 +63,8 @@ def classifier_free_guidance(
     _check_scale(scale)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must be from 0 to 1, got {rescale}")
-    if channels is not None and channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}")
+    if channels is not None and not (is_integer(channels) and channels >= 1):
+        raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
     if schedule is not None:
         check_schedule(schedule)
     _check_interval(interval, schedule)
