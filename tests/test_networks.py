@@ -21,13 +21,6 @@ ALIKE = (
     *("ve_ncsnpp_uncond", "edm_ncsnpp_uncond", "iddpm_adm_cond", "adm_plain_conv_resample"),
     *("classifier_adaptive", "classifier_half_mult"),
 )
-    "ve_ncsnpp_uncond",
-    "edm_ncsnpp_uncond",
-    "iddpm_adm_cond",
-    "adm_plain_conv_resample",
-    "classifier_adaptive",
-    "classifier_half_mult",
-)
 IN_FLOAT64 = [pytest.param(*case, marks=pytest.mark.slow if case[1] in ALIKE else ()) for case in CASES]
 IN_FLOAT32 = [pytest.param(*case, marks=() if case[1] in QUICK else pytest.mark.slow) for case in CASES]
 FILES = ("edm-cifar10-32x32-cond-vp", "edm-imagenet-64x64-cond-adm", "adm-256x256_diffusion", "adm-64x64_classifier")
