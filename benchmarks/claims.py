@@ -35,7 +35,7 @@ from evodiff_jax.tables import Solver
 
 CALLS = (5, 6, 8, 10, 15, 20)
 MODELS = ("normal-64d", "mixture-2d", "mixture-64d")
-EXACT_SAMPLES, IMAGES = 1000, 48
+EXACT_SAMPLES, IMAGES = 1000, 32
 TRAJECTORY_STEPS = 20
 UPDATES = 8  # calls in which variances and errors of updates are compared
 PARAMETERISATIONS: dict[str, tuple[Solver, Solver]] = {
