@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from pathlib import Path
 
 import generation_models as models
 import jax
@@ -480,3 +481,21 @@ def test_signals_wait_and_become_exit_codes(number, code, monkeypatch, capsys):
     assert cli.main(["verify", "x"]) == code
     assert capsys.readouterr().err == f"evodiff-jax: {'interrupted' if code == 130 else 'terminated'}\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- the page
+
+
+def test_the_page(place, folder, capsys):
+    """Its blocks run as they stand, and the guarantees name what there is."""
+    page = (Path(__file__).parents[1] / "docs" / "generation.md").read_text()
+    (folder / "images").symlink_to(place)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/generation.md", "exec"), names)
+    assert names["images"].shape == (NUM, 4, 4, 3)
+    assert re.fullmatch(r"100 [0-9a-f]{64}\n", capsys.readouterr().out)
+    levels = generation.open("gray")[:].reshape(10, 10, -1).std((0, 2))
+    assert levels.max() > 30  # classes at random, as those of the page are
+    assert str(generation.HEARTBEAT_SECONDS) in page
+    assert f"{_lock.STALE_SECONDS / 60:.0f} minutes" in page

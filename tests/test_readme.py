@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/recipes.md", "docs/solvers.md"),
     *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/pipelines.md", "docs/fid.md", "docs/fitting.md"),
-    "benchmarks/RESULTS.md",
+    *("docs/generation.md", "benchmarks/RESULTS.md"),
     "docs/diagnostics.md",
 ]
 LINKS = [

@@ -87,7 +87,7 @@ def run_generate(args: argparse.Namespace) -> None:
       KeyboardInterrupt: Ctrl-C or SIGTERM ended the run; complete chunks stay.
     """
     _check_options(args)
-    require("tqdm", extra="models")
+    require("tqdm", extra="generate")
     from evodiff_jax import generation
 
     try:

@@ -27,7 +27,7 @@ def run_verify(args: argparse.Namespace) -> None:
       ValueError: there is no run, it is not complete, or chunks are damaged.
       OSError: it cannot be read.
     """
-    require("tqdm", extra="models")
+    require("tqdm", extra="generate")
     from tqdm import tqdm
 
     from evodiff_jax import generation
@@ -71,7 +71,7 @@ def run_grid(args: argparse.Namespace) -> None:
       OSError: a file cannot be read or written.
     """
     check_output("--out", args.out, ".png")
-    require("PIL", extra="models")
+    require("PIL", extra="generate")
     from evodiff_jax import generation
 
     images = generation.open(args.place, partial=args.partial)
@@ -136,7 +136,7 @@ def run_export(args: argparse.Namespace) -> None:
         check_folder("--out", folder)
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"argument --out: {args.out!r} is not empty")
-    require("tqdm", extra="models")
+    require("tqdm", extra="generate")
     from tqdm import tqdm
 
     from evodiff_jax import generation
