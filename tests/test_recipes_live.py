@@ -90,3 +90,53 @@ def test_stable_diffusion_3_through_keras_hub(monkeypatch):
     ours = run(found["params"], text, null, x, plan)
     assert np.abs(latents - x).max() > 0.1
     np.testing.assert_allclose(ours, latents, rtol=1e-4, atol=1e-4)
+
+
+def of_torch(torch):
+    """A small network with a convolution, norm, attention and embedded times."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(4, 8, 3, padding=1)
+            self.time = torch.nn.Linear(8, 8)
+            self.norm = torch.nn.GroupNorm(2, 8)
+            self.qkv = torch.nn.Linear(8, 24)
+            self.last = torch.nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x, t):
+            angles = t[:, None] * 10.0 ** -torch.arange(4.0, device=t.device)
+            embedded = self.time(torch.cat([torch.sin(angles), torch.cos(angles)], -1))
+            h = torch.nn.functional.silu(self.norm(self.first(x) + embedded[:, :, None, None]))
+            q, k, v = self.qkv(h.flatten(2).mT).chunk(3, -1)
+            attended = torch.nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+            return self.last(h + attended.mT.reshape(h.shape))
+
+    torch.manual_seed(0)
+    return Network()
+
+
+def test_a_pytorch_network_through_torchax():
+    """The recipe's samples are those of a loop that calls the module itself."""
+    torch = pytest.importorskip("torch", reason="torch cannot be imported", exc_type=ImportError)
+    try:
+        import torchax  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"torchax cannot be imported: {error}")
+    module = of_torch(torch)
+    found = {"module": module}
+    exec(compile(block("A PyTorch network through torchax"), "docs/recipes.md", "exec"), found)
+    schedule = found["schedule"]
+
+    def predict(x, t):
+        as_tensor = torch.from_numpy(np.array(jnp.moveaxis(x, -1, 1)))
+        with torch.no_grad():
+            found = module(as_tensor, torch.full((len(x),), float(t)))
+        return jnp.moveaxis(jnp.asarray(found.numpy()), 1, -1)
+
+    denoise = ed.denoisers.from_prediction(predict, schedule, "epsilon")
+    plan = ed.plan(schedule, ed.grids.log_snr(schedule, 10), ed.solvers.unipc(2))
+    state = ed.init(found["x_T"], plan)
+    while not state.done:
+        state = ed.update(state, denoise(state.x, state.t), plan)
+    np.testing.assert_allclose(found["x"], state.x, rtol=1e-3, atol=1e-3)
