@@ -143,18 +143,18 @@ def moved_to(task: Task, calls: int, offsets: Offsets) -> ed.Plan:
     return fitting.realise(fitting.start_of(start_of(task, calls), schedule), offsets, schedule)
 
 
-def together(calls: int, store: Path) -> Offsets:
-    """Offsets fitted to several exact models at once, all on EDM's schedule."""
+def together(calls: int, store: Path, *parts: str) -> Offsets:
+    """Offsets, or only some of their parts, fitted to several exact models at once, all on EDM's schedule."""
     tasks = {name: task_of(name, store) for name in TOGETHER}
     schedule = ed.schedules.edm()
     spectrum = np.float32(np.arange(1, 65) ** -1.0)
     noise = {name: task.noise[:1024] for name, task in tasks.items()}
     noise["gaussian"] = np.asarray(schedule.noise(jax.random.key(5), (1024, 64)))
-    parts: dict[str, Callable[..., Any]] = {
+    models: dict[str, Callable[..., Any]] = {
         name: lambda x, t, task=task: task.problem.denoise(None, x, t, None) for name, task in tasks.items()
     }
-    parts["gaussian"] = gaussian(schedule, spectrum**2)
-    denoise = lambda x, t: {name: parts[name](x[name], t) for name in x}
+    models["gaussian"] = gaussian(schedule, spectrum**2)
+    denoise = lambda x, t: {name: models[name](x[name], t) for name in x}
     start = ed.plan(schedule, GRIDS[GRID](schedule, calls), FORMS[START].make())
     target = fitting.converge(denoise, noise, fitting.default_teacher(schedule, start))
     first = jax.jit(lambda x: ed.sample(denoise, x, start))(noise)
@@ -173,6 +173,7 @@ def together(calls: int, store: Path) -> Offsets:
         key=jax.random.key(0),
         target=target,
         error=error,
+        optimizer=only(*parts, steps=EXACT.steps) if parts else None,
         steps=EXACT.steps,
         batch=EXACT.batch,
         progress=False,
@@ -193,9 +194,15 @@ def gaussian(schedule: ed.NoiseSchedule, variance: Any) -> Callable[[Any, Any], 
 def transfer(models: Sequence[str], calls: int, store: Path) -> None:
     """Plans of other models, in ratios to the least training-free figures."""
     head("model", "plan of", "Frechet / median / RMS over the training-free least")
+    several, some = f"{', '.join(TOGETHER)} and a Gaussian together", ("times", "weights")
+    alone = only(*some, steps=EXACT.steps)
     sources = {
-        **{f"{name}, fitted": fitted(task_of(name, store), calls).offsets for name in ("digits-0.1", *NETWORKS)},
-        f"{', '.join(TOGETHER)} and a Gaussian together": together(calls, store),
+        **{name: fitted(task_of(name, store), calls).offsets for name in ("digits-0.1", *NETWORKS)},
+        several: together(calls, store),
+        "digits-0.1, times and weights": fitted(
+            task_of("digits-0.1", store), calls, "+".join(some), optimizer=alone
+        ).offsets,
+        f"{several}, times and weights": together(calls, store, *some),
     }
     for name in models:
         task = task_of(name, store)
