@@ -499,3 +499,49 @@ def test_the_page(place, folder, capsys):
     assert levels.max() > 30  # classes at random, as those of the page are
     assert str(generation.HEARTBEAT_SECONDS) in page
     assert f"{_lock.STALE_SECONDS / 60:.0f} minutes" in page
+
+
+@pytest.mark.slow
+def test_pictures_of_prompts_in_turn(folder, capsys):
+    import pipelines
+
+    pipelines.write_sd1(folder / "model")
+    command = [
+        "generate",
+        "--checkpoint",
+        "model",
+        "--prompt",
+        "a cat",
+        "--prompt",
+        "a dog",
+        "--guidance",
+        "3",
+        "--num",
+        "4",
+    ]
+    command += ["--batch", "2", "--steps", "2", "--solver", "ddim", "--seed", "5", "--dtype", "float32"]
+    assert cli.main(command) == 0
+    assert "2 prompts in turn, guidance 3" in capsys.readouterr().out
+    images = generation.open("evodiff_images")
+    assert images.manifest["guidance"] == 3
+    assert len({image.tobytes() for image in images[:]}) == 4
+    before = contents(folder)
+    assert cli.main([*command[:6], "a bird", *command[7:]]) == 2
+    assert re.search(r"\(prompts \w+ there, \w+ here\)", capsys.readouterr().err)
+    assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_random_classes_are_those_of_evaluate_and_in_turn_is_the_default(folder):
+    from evodiff_jax import evaluation, pretrained
+
+    model = pretrained.load("fashion_mnist")
+    command = ["generate", "--num", "4", "--batch", "4", "--steps", "2", "--solver", "ddim", "--guidance", "1"]
+    assert cli.main([*command, "--random-classes", "--out", "random"]) == 0
+    assert cli.main([*command, "--out", "in_turn"]) == 0
+    plan = ed.plan(model.schedule, ed.grids.log_snr(model.schedule, 2), ed.solvers.ddim())
+    run = jax.jit(evaluation._fid._sampler(evaluation.source_of(model), model.network.uint8))
+    images, _ = run(model.params, jax.random.key(0), np.arange(4, dtype=np.uint32), None, plan)
+    difference = np.abs(generation.open("random")[:].astype(int) - np.asarray(images)[..., :1])
+    assert difference.max() <= 1
+    assert np.mean(generation.open("in_turn")[:] != generation.open("random")[:]) > 0.1

@@ -241,19 +241,35 @@ def test_where_a_host_is_interrupted_the_other_ends_in_order(tmp_path, stopped):
     assert generation.verify(place).damaged == ()
 
 
+def test_hosts_that_were_given_different_counts_stop_before_they_write(tmp_path):
+    processes = hosts(tmp_path / "images", 2, "--num", 200, counts=[2, 3])
+    codes, _, errors = zip(*(finish(process, 60) for process in processes), strict=True)
+    assert codes == (2, 2), errors
+    assert errors[0] == "evodiff-jax: error: host 1 was started with --num-hosts 3, host 0 with 2\n"
+    assert errors[1] == "evodiff-jax: error: host 0 was started with --num-hosts 2, host 1 with 3\n"
+    assert not (tmp_path / "images").exists()
+
+
+def test_where_a_host_does_not_come_jax_ends_the_others_before_they_write(tmp_path):
+    processes = hosts(tmp_path / "images", 2, "--num", 200, counts=[3, 3])
+    for process in processes:
+        code, _, error = finish(process, 60)
+        assert code != 0
+        assert "DEADLINE_EXCEEDED" in error
+    assert not (tmp_path / "images").exists()
+
+
 def test_hosts_that_were_given_other_commands_stop_before_they_write(tmp_path):
     place = tmp_path / "images"
-    for counts in ([2, 3], [3, 2]):
-        processes = hosts(place, 2, "--num", 200, counts=counts)
-        codes, _, errors = zip(*(finish(process, 60) for process in processes), strict=True)
-        assert codes == (2, 2), errors
-        assert all(re.search(r"evodiff-jax: error: .*(--num-hosts|did not join|find each other)", e) for e in errors), (
-            errors
-        )
-    first = hosts(place, 2, "--num", 200)
-    first[1].kill()
-    code, _, error = finish(first[0], 60)
-    assert code != 0, error
+    processes = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        given = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--host-timeout", 10, "--num-hosts", 2]
+    for host in range(2):
+        processes.append(start(place, *given, "--num", 200, "--host", host, "--seed", host))
+    codes, _, errors = zip(*(finish(process, 60) for process in processes), strict=True)
+    assert codes == (2, 2), errors
+    assert all("the hosts' commands differ (seed 0 on host 0, 1 on host 1)" in error for error in errors), errors
     assert not place.exists()
 
 
