@@ -12,6 +12,8 @@
    UniPC-2, which reads the same three outputs, and of DPM-Solver++(2M), which reads the two that its predictor reads;
    `variance_optimal()` against UniPC-3, which reads the same four.
 
+Then, for the diagnostic `call_density`: the errors on times that follow it over those on the log-SNR grid.
+
 Exact models are normal data of 64 standard deviations from 0.02 to 1, and two mixtures; the network is the packaged one
 without guidance, or a checkpoint. Errors are root mean square distances from the converged samples of the same noise
 (UniPC-3 in 200 steps), on EDM's schedule and the log-SNR grid. A ratio is of the root mean squares, and of the medians,
@@ -35,6 +37,7 @@ from evodiff_jax.tables import Solver
 
 CALLS = (5, 6, 8, 10, 15, 20)
 MODELS = ("normal-64d", "mixture-2d", "mixture-64d")
+PARTS = ("entropies", "errors", "updates", "times")
 EXACT_SAMPLES, IMAGES = 1000, 32
 TRAJECTORY_STEPS = 20
 UPDATES = 8  # calls in which variances and errors of updates are compared
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES, help="samples of the network")
     parser.add_argument("--batch", type=int, default=IMAGES, help="of them at a time")
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     models = [exact(name, args.seed) for name in args.models]
@@ -101,11 +105,17 @@ def main() -> None:
         models.append(network(args.checkpoint, args.images, args.batch, args.seed))
     for model in models:
         print(f"\n### {model.name}, {len(model.noise)} samples\n", flush=True)
-        entropies(model)
-        errors = errors_of(model, sorted(set(args.calls)))
-        for title, pairs in (("data / noise prediction", PARAMETERISATIONS), ("rule / fixed coefficients", RULES)):
-            ratios(title, pairs, errors)
-        updates(model)
+        calls = sorted(set(args.calls))
+        if "entropies" in args.parts:
+            entropies(model)
+        if "errors" in args.parts:
+            errors = errors_of(model, calls)
+            for title, pairs in (("data / noise prediction", PARAMETERISATIONS), ("rule / fixed coefficients", RULES)):
+                ratios(title, pairs, errors)
+        if "updates" in args.parts:
+            updates(model)
+        if "times" in args.parts:
+            times_by_density(model, calls)
 
 
 def exact(name: str, seed: int) -> Model:
@@ -266,6 +276,44 @@ def updates(model: Model) -> None:
         variance = bootstrap(lambda rows: float(np.exp(logs[rows].mean())), len(logs))  # noqa: B023
         error = bootstrap(lambda rows: float(np.sqrt(squares[rows].mean())), len(logs))  # noqa: B023
         print(f"| {name} | {cell(variance, 2)} | {cell(error, 4)} |")
+    print(flush=True)
+
+
+def times_by_density(model: Model, calls: list[int]) -> None:
+    """Prints what times that follow `call_density` are worth; the density is of 40 times and of other noise."""
+    schedule, fine = model.schedule, ed.grids.log_snr(model.schedule, 40)
+    rows = slice(min(len(model.noise), model.batch, 200))
+    other = schedule.noise(jax.random.key(12345), model.noise[rows].shape)
+    path = jax.jit(
+        lambda params, x, labels: diagnostics.converge(
+            lambda x, t: model.denoise(params, x, t, labels), x, schedule, fine, substeps=4
+        )
+    )(model.params, other, model.labels[rows])
+
+    @jax.jit
+    def run(params: Any, x_T: jax.Array, labels: jax.Array, plan: ed.Plan) -> jax.Array:
+        return ed.sample(lambda x, t: model.denoise(params, x, t, labels), x_T, plan)
+
+    def samples(plan: ed.Plan) -> np.ndarray:
+        return np.concatenate(in_batches(model, lambda params, x, labels: run(params, x, labels, plan)))
+
+    converged = samples(ed.plan(schedule, ed.grids.log_snr(schedule, 200), ed.solvers.unipc(3)))
+    rms = lambda values: float(np.sqrt(np.mean(np.square(values))))
+    print("Times that follow `call_density` / log-SNR grid, ratio of root mean square errors:\n")
+    print("| solver | order | " + " | ".join(f"{count} calls" for count in calls) + " |")
+    print("| --- | ---: |" + " ---: |" * len(calls))
+    for name, order in (("DDIM", 1), ("DPM-Solver++, order 2", 2), ("UniPC-2", 2), ("UniPC-3", 3)):
+        density, cells = diagnostics.call_density(path, schedule, order), []
+        for count in calls:
+            followed = diagnostics.times_by_density(schedule, density, fine[0], fine[-1], count)
+            plans = [
+                ed.plan(schedule, times, SOLVERS[name], max_calls=max(calls))
+                for times in (followed, ed.grids.log_snr(schedule, count))
+            ]
+            a, b = (trajectory_errors(samples(plan), converged) for plan in plans)
+            found = bootstrap_ratio(lambda rows: rms(a[rows]), lambda rows: rms(b[rows]), len(a), resamples=400)  # noqa: B023
+            cells.append(cell(found, 2))
+        print(f"| {name} | {order} | {' | '.join(cells)} |", flush=True)
     print(flush=True)
 
 

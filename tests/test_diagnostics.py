@@ -397,6 +397,8 @@ def test_bad_input_is_refused_before_anything_is_compiled():
     ):
         with pytest.raises(error, match=match):
             call()
+    with pytest.raises(ValueError, match="must return the shape of x"):
+        diagnostics.posterior_variance(lambda x, t: x[:, :1], EDM, x, T, key=KEY)
     other = gaussian_mixture(VP, CENTERS, STD)
     with pytest.raises(ValueError, match="made for another schedule"):
         diagnostics.posterior_variance(other, EDM, x, T, key=KEY)
@@ -501,6 +503,7 @@ def test_a_diagnosis_says_of_which_run_numbers_are_not_finite():
         ("--solvers sa_solver", "argument --solvers: must be of variance_optimal"),
         ("--exact circle", "argument --exact: must be one of mixture-2d"),
         ("--exact mixture-2d --class 3", "argument --class: not with --exact"),
+        ("--exact mixture-2d --checkpoint model.pkl", "argument --checkpoint: not with --exact"),
         ("--denoise-to-zero", "argument --denoise-to-zero: not here"),
         ("--probes 1", "must be an integer in 2"),
         ("--out missing/folder", "there is no folder"),

@@ -21,6 +21,7 @@ from evodiff_jax.solvers import FORMS
 
 _SOLVERS = ("variance_optimal", "evodiff", "dpm_solver_pp-2", "unipc-2")
 _NAME = "diagnosis"
+_PACKAGED = "fashion_mnist"
 
 
 def add_diagnose_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,9 +125,13 @@ def _exact(args: argparse.Namespace) -> tuple[Any, ...]:
 
     if args.exact not in evaluation.MIXTURES:
         raise ValueError(f"argument --exact: must be one of {', '.join(evaluation.MIXTURES)}, got {args.exact!r}")
-    for option, given in (("--class", args.label), ("--classifier", args.classifier), ("--config", args.config)):
-        if given is not None:
-            raise ValueError(f"argument {option}: not with --exact, whose models have no classes")
+    network = ("label", "classifier", "config", "entry", "autoencoder", "dtype")
+    changed = {name: getattr(args, name) is not None for name in network}
+    changed |= {"checkpoint": args.checkpoint != _PACKAGED, "guidance": args.guidance != 1}
+    for name, given in changed.items():
+        if given:
+            option = "class" if name == "label" else name
+            raise ValueError(f"argument --{option}: not with --exact, whose models are no networks and have no classes")
     centers, std = evaluation.modes_of(args.exact)
     schedule = edm()
     return args.exact, gaussian_mixture(schedule, centers, std), None, None, schedule, centers.shape[1:]

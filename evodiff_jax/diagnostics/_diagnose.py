@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
+from evodiff_jax.diagnostics._finite import check_flags, finite_flags
 from evodiff_jax.diagnostics._geometry import curvature
 from evodiff_jax.diagnostics._posterior import posterior_variance
-from evodiff_jax.diagnostics._runs import Run, Trajectory, check_flags, converge, finite_flags, follow
+from evodiff_jax.diagnostics._runs import Run, Trajectory, converge, follow
 from evodiff_jax.diagnostics._states import check_count
 from evodiff_jax.diagnostics._transitions import transition_entropy, transition_information, transition_variance
 from evodiff_jax.sampling import check_times, plan

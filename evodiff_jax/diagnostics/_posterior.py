@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from evodiff_jax.diagnostics._states import check_count, check_model, check_time, dimension, like, rows_of
 from evodiff_jax.schedules import NoiseSchedule
-from evodiff_jax.types import Denoiser, State, batch_size, check_keys, fold_in, widest
+from evodiff_jax.types import Denoiser, State, as_state, batch_size, check_keys, fold_in, widest
 
 _MOST_COORDINATES = 4096  # of the exact Jacobian: 64 MiB a sample in float32
 _CHUNK = 64  # columns of the exact Jacobian at a time
@@ -87,9 +87,12 @@ def posterior_variance(
     probes, key = check_count("probes", probes, 2), check_keys(key, batch_size(x))
     scale, t = _scale(schedule, t, x)
 
+    def prediction(x: State) -> State:
+        return as_state(denoise(x, t), x, "denoise(x, t)")
+
     def of_probe(index: jax.Array) -> jax.Array:
         signs = _signs(fold_in(key, index), x)
-        products = rows_of(signs) * rows_of(jax.jvp(lambda x: denoise(x, t), (x,), (signs,))[1])
+        products = rows_of(signs) * rows_of(jax.jvp(prediction, (x,), (signs,))[1])
         return scale * (products if per_coordinate else jnp.mean(products, 1))
 
     def add(moments: Any, index: jax.Array) -> tuple[Any, None]:
@@ -138,9 +141,12 @@ def posterior_covariance(
         )
     scale, t = _scale(schedule, t, x)
 
+    def prediction(x: State) -> State:
+        return as_state(denoise(x, t), x, "denoise(x, t)")
+
     def column(index: jax.Array) -> jax.Array:
         unit = jnp.broadcast_to(jnp.arange(size) == index, (batch_size(x), size)).astype(widest(jax.tree.leaves(x)))
-        return rows_of(jax.jvp(lambda x: denoise(x, t), (x,), (like(unit, x),))[1])
+        return rows_of(jax.jvp(prediction, (x,), (like(unit, x),))[1])
 
     columns = jax.lax.map(column, jnp.arange(size), batch_size=min(chunk, size))
     return scale * jnp.moveaxis(columns, 0, 2)
