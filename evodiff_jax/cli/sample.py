@@ -14,8 +14,9 @@ import numpy as np
 from evodiff_jax.cli.arguments import integer
 from evodiff_jax.cli.models import Guided, add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_output, make_picture, write_all
+from evodiff_jax.cli.pictures import run_prompts
 from evodiff_jax.cli.plans import origin, read_plan, warn_of_guidance
-from evodiff_jax.cli.prompts import BATCH, add_prompt_arguments, check_prompt_arguments, run_prompts
+from evodiff_jax.cli.prompts import BATCH, add_prompt_arguments, check_prompt_arguments
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.sampling import plan
