@@ -350,6 +350,21 @@ def test_the_density_of_calls_of_normal_data(order, x64):
     ed.plan(EDM, spread, ed.solvers.ddim())
 
 
+@pytest.mark.slow
+def test_times_that_follow_the_density_lower_the_error_of_ddim():
+    denoise, x_T = gaussian_mixture(EDM, CENTERS, STD), initial_state(EDM, (200, 5))
+    grid = ed.grids.log_snr(EDM, 40)
+    path = diagnostics.converge(denoise, initial_state(EDM, (50, 5), seed=1), EDM, grid, substeps=4)
+    density = diagnostics.call_density(path, EDM, order=1)
+    exact = diagnostics.converge(denoise, x_T, EDM, grid, substeps=10).states[-1]
+    run = jax.jit(lambda plan: ed.sample(denoise, x_T, plan))
+    followed, even = (
+        float(jnp.sqrt(jnp.mean((run(ed.plan(EDM, times, ed.solvers.ddim())) - exact) ** 2)))
+        for times in (diagnostics.times_by_density(EDM, density, grid[0], grid[-1], 8), ed.grids.log_snr(EDM, 8))
+    )
+    assert followed < 0.85 * even
+
+
 # ---- what is refused, and where numbers cease to be finite
 
 
