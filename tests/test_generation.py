@@ -100,7 +100,12 @@ def test_sample_k_is_a_function_of_the_seed_and_k(complete):
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch": 11, "chunk": 11}, {"batch": 1, "chunk": 22}, {"batch": 64, "chunk": None}]
+    "options",
+    [
+        {"batch": 11, "chunk": 11},
+        pytest.param({"batch": 1, "chunk": 22}, marks=pytest.mark.slow),
+        pytest.param({"batch": 64, "chunk": None}, marks=pytest.mark.slow),
+    ],
 )
 def test_batches_and_chunks_change_no_more_than_round_off(complete, tmp_path, options):
     generate(tmp_path / "other", **options)
@@ -114,6 +119,7 @@ def test_fewer_samples_are_the_first_of_more(complete, tmp_path):
     np.testing.assert_array_equal(generation.open(tmp_path / "few")[:], generation.open(complete)[:13])
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_samples(complete, tmp_path):
     generate(tmp_path / "other", seed=1)
     assert np.mean(generation.open(tmp_path / "other")[:] == generation.open(complete)[:]) < 0.1

@@ -47,7 +47,7 @@ class Place:
 
         Raises:
           ModuleNotFoundError: TensorStore is not installed.
-          ValueError: TensorStore does not know the URL.
+          ValueError: TensorStore does not know the URL, or it is a file.
         """
         require("tensorstore", extra="generate")
         import tensorstore
@@ -64,6 +64,8 @@ class Place:
             raise ValueError(f"TensorStore cannot open {self.name!r}: {_reason(error)}") from error
         self._spec = self._store.spec().to_json()
         self.folder = Path(self._spec["path"]) if self._spec["driver"] == "file" else None
+        if self.folder is not None and self.folder.is_file():
+            raise ValueError(f"{self.name!r} is a file, a folder is needed")
 
     def read(self, key: str) -> bytes | None:
         """The value of a key, None where there is none."""
@@ -129,8 +131,6 @@ class Place:
             with self._told("list"):
                 found = [key.decode(errors="replace") for key in self._store.list().result()]
         else:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise ValueError(f"{self.name!r} is a file, a folder is needed")
             if not self.folder.parent.is_dir():
                 raise ValueError(f"there is no folder {str(self.folder.parent)!r}")
             with _named(self.name):
