@@ -197,6 +197,20 @@ def test_following_a_plan_is_sampling(name):
 
 
 @pytest.mark.slow
+def test_coefficients_of_single_coordinates():
+    data = jnp.asarray(noisy(VP, VP.t_min, 32), jnp.float32)
+    denoise, times, x_T = gaussian_mixture(VP, CENTERS, STD), ed.grids.log_snr(VP, 5), initial_state(VP, (3, 5))
+    statistics = ed.statistics.estimate(denoise, data, VP, key=KEY, num_levels=20)
+    plan = ed.plan(VP, times, ed.solvers.dpm_solver_v3(statistics))
+    run = diagnostics.follow(denoise, x_T, plan)
+    np.testing.assert_allclose(run.states[-1], ed.sample(denoise, x_T, plan), rtol=1e-5, atol=1e-6)
+    assert run.gains.shape == (5, 3)
+    path = diagnostics.converge(denoise, x_T, VP, times)
+    errors = diagnostics.transition_errors(denoise, plan, path)
+    np.testing.assert_allclose(diagnostics.state_errors(run, path)[1], errors[0], rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unipc-3", "evodiff", "variance_optimal", "ddim", "dpm_solver-3"])
 def test_the_gain_is_the_derivative_of_the_next_state(name, x64):
     """In rules the coefficients depend on the output too; they are held fixed in the gain."""

@@ -196,7 +196,9 @@ def _gain(row: Table, chosen: Any, x: State) -> jax.Array:
         # Chosen coefficients are (B,) or (B, C), those of the table scalars or of single coordinates.
         added = transition * corrects * of_corrector + predicts * of_predictor
         coefficient = keep * (transition * corrector + predictor)
-        if np.ndim(added) and coefficient.ndim == 0:
+        if np.ndim(of_predictor) and coefficient.ndim:
+            raise ValueError("the coefficients of a rule beside a table for single coordinates cannot be told apart")
+        if np.ndim(of_predictor):
             square = jnp.square(coefficient + keep * added).reshape(len(leaf), -1)
             square = jnp.mean(square, 1)
         else:
