@@ -10,6 +10,7 @@ import platform
 from collections import Counter
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -85,12 +86,28 @@ def _print_folder(path: Path) -> None:
     for name, component in known.items():
         cls = component.cls
         if name not in found:
-            print(f"{name:<14} {cls}{'' if name == 'scheduler' or name.startswith('tokenizer') else ', is not used'}")
+            print(f"{name:<14} {cls}{_of_other(name, component.config)}")
             continue
         numbers = sum(math.prod(shape) for shape, _ in found[name].arrays.values())
         loads = f"no: {found[name].problem}" if found[name].problem else "yes"
         size = f"{len(found[name].arrays)} arrays, {numbers:,} numbers"
         print(f"{name or 'network':<14} {cls}, {size}, {found[name].bytes:,} bytes, loads: {loads}")
+
+
+def _of_other(name: str, config: dict[str, Any]) -> str:
+    """What becomes of a component that is no network."""
+    from evodiff_jax.pretrained.folders import read_scheduler
+
+    if name.startswith("tokenizer"):
+        return ""
+    if name != "scheduler":
+        return ", is not used"
+    try:
+        found = read_scheduler(config)
+    except ValueError as error:
+        return f", loads: no: {error}"
+    ignored = f"; settings that are not used: {', '.join(found.ignored)}" if found.ignored else ""
+    return f", prediction {found.prediction}, {found.schedule.num_timesteps} noise levels{ignored}"
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -79,6 +79,8 @@ def run_prompts(args: argparse.Namespace, solver: str, grid: str, steps: int) ->
     twice = "" if args.guidance in (0, 1) else f", {2 * calls} network evaluations, guidance {args.guidance:g}"
     print(f"model    {pipeline.name}, {parameters:,} parameters, {args.dtype or pretrained.default_dtype()}")
     print(f"solver   {solver}")
+    if ignored := pipeline.network.metadata.get("ignored"):
+        print(f"ignored  of scheduler_config.json: {', '.join(ignored)}")
     print(f"NFE      {calls} model calls a sample{twice}")
     print(f"pictures {len(paths)} of {job.size[0]} x {job.size[1]}, seeds {', '.join(map(str, job.seeds))}")
     print(f"time     {seconds:.1f} s with compilation")
@@ -91,7 +93,6 @@ def _pictures(args: argparse.Namespace, pipeline: Pipeline, job: Job, laid_out: 
     from tqdm import tqdm
 
     from evodiff_jax.evaluation import to_uint8
-    from evodiff_jax.pretrained.pipeline import blocks_any
 
     batch = min(args.batch or BATCH, len(job.prompts))
     text = pipeline.text(
@@ -109,7 +110,7 @@ def _pictures(args: argparse.Namespace, pipeline: Pipeline, job: Job, laid_out: 
         known = jax.jit(pipeline.encode)(pipeline.params, job.image[None])
         if job.repaint is not None:
             pixels = jnp.asarray(job.repaint)[None, :, :, None]
-            repaint = blocks_any(pixels, pipeline.factor)
+            repaint = pipeline.latent_mask(pixels)
             if pipeline.takes_mask:
                 text = jax.jit(pipeline.with_mask)(pipeline.params, text, job.image[None], pixels)
     count = len(job.prompts)

@@ -8,14 +8,8 @@ from evodiff_jax.pretrained.classifier import Classifier, ClassifierConfig, Clas
 from evodiff_jax.pretrained.loading import convert, describe, describe_folder, load
 from evodiff_jax.pretrained.model import Model, from_state
 from evodiff_jax.pretrained.packaged import ImageClassifier, apply_denoiser, available, load_classifier
-from evodiff_jax.pretrained.pipeline import (
-    Pipeline,
-    Text,
-    default_dtype,
-    is_pipeline,
-    load_pipeline,
-    with_autoencoder,
-)
+from evodiff_jax.pretrained.pipeline import Pipeline, Text
+from evodiff_jax.pretrained.pipeline_loading import default_dtype, is_pipeline, load_pipeline, with_autoencoder
 from evodiff_jax.pretrained.unet import UNet, UNetConfig
 
 __all__ = [

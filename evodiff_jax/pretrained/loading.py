@@ -94,7 +94,7 @@ def load(
         if entry is not None:
             raise ValueError(f"{path} is a folder, whose files have no entries; leave out entry {entry!r}")
         model = folder_models.load_folder(path, dtype=dtype, config=config)
-        _tell(model.name, model.network.origin)
+        tell(model.name, model.network.origin)
         return model
     contents = read(path, entry=entry)
     if _is_ours(contents):
@@ -106,7 +106,7 @@ def load(
         model = from_state(*found, contents.arrays, dtype=dtype, name=path.name, digest=digest_of(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    _tell(model.name, model.network.origin)
+    tell(model.name, model.network.origin)
     return model
 
 
@@ -181,7 +181,7 @@ def convert(
         check(network, contents.arrays, found.cls)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    _tell(path.name, network.origin)
+    tell(path.name, network.origin)
     card = {**network.origin._asdict(), "file": path.name, "digest": digest_of(path)}
     checkpoint.save(out, dict(contents.arrays), kind=_KIND, config=found._asdict(), card=card)
 
@@ -251,7 +251,8 @@ def _adm_arguments(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _tell(name: str, origin: Origin) -> None:
+def tell(name: str, origin: Origin) -> None:
+    """Prints the licence of weights that are not for commercial use to stderr, once in a process."""
     if origin.non_commercial and origin.licence not in _told:
         _told.add(origin.licence)
         print(f"{name}: weights of {origin.source}, licence {origin.licence}", file=sys.stderr)

@@ -16,7 +16,7 @@ from evodiff_jax.pretrained.blocks import conv
 from evodiff_jax.pretrained.diffusers import _settings, blocks
 from evodiff_jax.pretrained.states import Network, Origin, floats
 
-ORIGIN = Origin("huggingface/diffusers", "Apache-2.0")
+ORIGIN = Origin("huggingface/diffusers", "Apache-2.0 (code); the weights are under that of their model card")
 
 _EPSILON = 1e-6  # of all norms
 _ONLY: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "latents_mean": (), "latents_std": ()}

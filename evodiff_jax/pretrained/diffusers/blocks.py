@@ -175,7 +175,8 @@ def u_shaped(
         for i in range(layers[level] + 1):
             h = layer(f"up_blocks_{last - level}", i, level, jnp.concatenate([h, skips.pop()], axis=-1))
         if level:
-            h = up(level, h, skips[-1].shape[1:3])
+            _, height, width, _ = skips[-1].shape
+            h = up(level, h, (height, width))
     return h
 
 

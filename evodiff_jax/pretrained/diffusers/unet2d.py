@@ -14,7 +14,7 @@ from evodiff_jax.pretrained.blocks import conv
 from evodiff_jax.pretrained.diffusers import _settings, blocks
 from evodiff_jax.pretrained.states import Network, Origin, apply, floats, integers
 
-ORIGIN = Origin("huggingface/diffusers", "Apache-2.0")
+ORIGIN = Origin("huggingface/diffusers", "Apache-2.0 (code); the weights are under that of their model card")
 
 _DOWN = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
