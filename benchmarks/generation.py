@@ -2,32 +2,33 @@
 
     python benchmarks/generation.py [--repeats 9] [--devices 1 2 4 8]
 
-A number of devices is a process of its own, in which runs that write alternate with the same program alone; the loss
-is the median over pairs of them. The network is of elementwise operations, of which XLA runs those of one device on one
-core, so that the cores are what there is to share.
+A number of devices is a process of its own, in which runs that write alternate with the same program alone. Two losses
+are told: of the time between one chunk and the next, of the lower quartile, and of the seconds that processors worked
+for the process, on which others' work on the machine has less influence. The network is of elementwise operations, of
+which XLA runs those of one device on one core, so that the cores are what there is to share.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import numpy as np
+
 SHAPE = (64, 64, 3)
 BATCH = 8  # a device
-CHUNKS = 8
-WORK = 12  # repetitions of the network's layer: a chunk of one device takes some tenths of a second
+CHUNKS = 6
+WORK = 18  # repetitions of the network's layer: a chunk of one device takes some tenths of a second
 
 
 def measure(repeats: int) -> dict:
     """Seconds of one process: of the program alone, of whole runs, and of their parts."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     import evodiff_jax as ed
     from evodiff_jax import generation
@@ -54,18 +55,25 @@ def measure(repeats: int) -> dict:
     sampler.compile()
     compiling = time.perf_counter() - start
     _engine.Sampler = lambda *_: sampler  # compiled once for all runs
-    alone, whole = [], []
+    alone, whole, processor = [], [], [0.0, 0.0]
     folder = tempfile.mkdtemp()
     for repeat in range(repeats + 1):
-        start = time.perf_counter()
+        ends, worked = [], time.process_time()
         waiting = [sampler(0)]
         for chunk in range(1, CHUNKS + 1):  # as `generate`: one batch more is on its way
             if chunk < CHUNKS:
                 waiting.append(sampler(chunk * batch))
             jax.block_until_ready(waiting.pop(0))
-        alone.append(time.perf_counter() - start)
-        made = generation.generate(source, plan, f"{folder}/{repeat}", num, batch=batch)
-        whole.append(made.seconds)
+            ends.append(time.perf_counter())
+        worked_alone = time.process_time() - worked
+        stamps, worked = [], time.process_time()
+        on_batch = lambda count, nbytes, stamps=stamps: stamps.append(time.perf_counter()) if nbytes else None
+        generation.generate(source, plan, f"{folder}/{repeat}", num, batch=batch, on_batch=on_batch)
+        if repeat:  # the first one warms up
+            alone.extend(np.diff(ends).tolist())
+            whole.extend(np.diff(stamps).tolist())
+            processor[0] += worked_alone
+            processor[1] += time.process_time() - worked
 
     images = np.random.default_rng(0).integers(0, 256, (batch, *SHAPE), np.uint8)
     place = Place(f"{folder}/written")
@@ -85,8 +93,9 @@ def measure(repeats: int) -> dict:
         "devices": jax.local_device_count(),
         "num": num,
         "chunk_bytes": images.nbytes,
-        "alone": alone[1:],  # the first one warms up
-        "whole": whole[1:],
+        "alone": alone,
+        "whole": whole,
+        "processor": processor,
         "writing": writing,
         "verifying": verifying,
         "compiling": compiling,
@@ -104,35 +113,35 @@ def main() -> None:
         print(json.dumps(measure(args.repeats)))
         return
     cores = len(os.sched_getaffinity(0))
-    rows = []
+    print(f"{cores} cores, images of {'x'.join(map(str, SHAPE))}, {BATCH} a device and chunk, {CHUNKS} chunks")
+    print("| devices | chunk, s | alone, images/s | written, images/s | loss, % | more work, % | model, images/s |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    of_one, remarks = None, []
     for devices in args.devices:
         environment = dict(os.environ, JAX_PLATFORMS="cpu")
         flags = f"--xla_force_host_platform_device_count={devices}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         command = [sys.executable, __file__, "--measure", "--repeats", str(args.repeats)]
         found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(found.stdout))
-    print(f"{cores} cores, {rows[0]['num']} images of {'x'.join(map(str, SHAPE))} a device in {CHUNKS} chunks")
-    print("| devices | chunk, s | alone, images/s | written, images/s | loss, % (range) | model, images/s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    of_one = rows[0]["num"] / statistics.median(rows[0]["alone"]) / min(rows[0]["devices"], cores)
-    for row in rows:
-        alone, whole = statistics.median(row["alone"]), statistics.median(row["whole"])
-        losses = sorted(100 * (1 - a / w) for a, w in zip(row["alone"], row["whole"], strict=True))
-        # The slower of the two: the devices, as many as have a core, and the thread that writes.
+        row = json.loads(found.stdout)
         chunk = row["num"] / CHUNKS
-        model = min(of_one * min(row["devices"], cores), chunk / row["writing"])
+        alone, whole = (chunk / np.quantile(row[name], 0.25) for name in ("alone", "whole"))
+        worked = 100 * (row["processor"][1] / row["processor"][0] - 1)
+        # The slower of the two: the devices, as many as have a core, and the thread that writes.
+        of_one = of_one or alone / min(devices, cores)
+        model = min(of_one * min(devices, cores), chunk / row["writing"])
         print(
-            f"| {row['devices']} | {alone / CHUNKS:.2f} | {row['num'] / alone:.1f} | {row['num'] / whole:.1f} | "
-            f"{statistics.median(losses):.1f} ({losses[0]:.1f} to {losses[-1]:.1f}) | {model:.1f} |"
+            f"| {devices} | {chunk / alone:.2f} | {alone:.1f} | {whole:.1f} | {100 * (1 - whole / alone):.1f} "
+            f"| {worked:.1f} | {model:.1f} |",
+            flush=True,
         )
-    for row in rows:
         size = row["chunk_bytes"] / 1e6
-        print(
-            f"{row['devices']} devices: a chunk of {size:.2f} MB written in {1e3 * row['writing']:.1f} ms "
+        remarks.append(
+            f"{devices} devices: a chunk of {size:.2f} MB written in {1e3 * row['writing']:.1f} ms "
             f"({size / row['writing']:.0f} MB/s), verified in {1e3 * row['verifying']:.1f} ms "
             f"({size / row['verifying']:.0f} MB/s); compiled in {row['compiling']:.1f} s"
         )
+    print("\n".join(["", *remarks]))
 
 
 if __name__ == "__main__":

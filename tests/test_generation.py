@@ -324,7 +324,7 @@ def holder(**changes):
     [
         ({}, False),
         ({"pid": 2**22 + 1}, True),
-        ({"pid": os.getppid()}, True),  # the number of a process that was started at another time
+        ({"pid": os.getppid(), "started": "1"}, True),  # the number of a process that was started at another time
         ({"boot": "before"}, True),
         ({"host": "elsewhere"}, False),
         ({"host": "elsewhere", "refreshed": time.time() - 3600}, True),
