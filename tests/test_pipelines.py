@@ -601,6 +601,18 @@ def test_the_commands_of_the_page_are_understood():
 # -- comparisons
 
 
+def test_samples_of_latents_are_judged_once_they_are_decoded(folders):
+    pipeline = pretrained.load_pipeline(folders / "dit")
+    with pytest.raises(ValueError, match="dit makes images of 4 channels, FID is of images with 1 or 3"):
+        evaluation.source_of(pipeline.network)
+    decode = lambda params, x: jnp.repeat(x[..., :1], 3, axis=-1)
+    source = evaluation.source_of(pipeline.network, decode=decode)
+    images = evaluation._fid._sampler(source, "diffusers")
+    plan = SOLVERS["ddim"](pipeline.schedule)
+    shapes = jax.eval_shape(images, source.params, jax.random.key(0), np.arange(2, dtype=np.uint32), plan)
+    assert shapes[0].shape == (2, 8, 8, 3)
+
+
 def test_noise_of_a_discrete_schedule_has_its_deviation(folders, tmp_path, monkeypatch):
     model = pretrained.load(folders / "ddpm")
     monkeypatch.setattr(_problems, "judged_by_itself", lambda problem, *_: problem)

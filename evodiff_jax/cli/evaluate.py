@@ -193,14 +193,13 @@ def _source(args: argparse.Namespace, guided: Guided) -> Source:
     from evodiff_jax import evaluation
 
     label = None if args.label is None else class_number(args.label, guided.num_classes)
-    source = evaluation.source_of(guided.model)
+    source = evaluation.source_of(guided.model, decode=guided.decode)
     return source._replace(
         make_denoiser=guided.make_denoiser,
         params=guided.params,
         num_classes=guided.num_classes,
         label=label,
         settings={**source.settings, **guided.settings, "dtype": guided.dtype},
-        decode=guided.decode,
     )
 
 

@@ -83,20 +83,26 @@ class _Made(NamedTuple):
 _KEYS = ("mu", "sigma", "samples", "blown_up")  # of a finished run, in the order of _Made
 
 
-def source_of(model: "Model", guidance: float = 1.0, label: int | None = None) -> Source:
+def source_of(
+    model: "Model",
+    guidance: float = 1.0,
+    label: int | None = None,
+    decode: Callable[[Any, jax.Array], jax.Array] | None = None,
+) -> Source:
     """A pretrained model as a source of samples.
 
     Args:
       model: from `pretrained.load`.
       guidance: scale of classifier-free guidance, see `Model.denoiser`.
       label: as for `Source`.
+      decode: as for `Source`, for a model of latents.
 
     Raises:
       ValueError: it is no diffusion model of images with one or three channels, has no such class, or can't be guided.
     """
     if model.network.predict is None:
         raise ValueError(f"{model.name} ({model.cls}) is no diffusion model, it predicts: {model.network.prediction}")
-    if model.image_shape[2] not in (1, 3):
+    if decode is None and model.image_shape[2] not in (1, 3):
         raise ValueError(f"{model.name} makes images of {model.image_shape[2]} channels, FID is of images with 1 or 3")
 
     def make_denoiser(params: Any, labels: Any) -> Denoiser:
@@ -105,7 +111,8 @@ def source_of(model: "Model", guidance: float = 1.0, label: int | None = None) -
     classes = model.num_classes
     make_denoiser(model.params, np.full(1, label or 0, np.int32) if classes or label is not None else None)
     settings = {**settings_of(model), "guidance": float(guidance)}
-    return Source(make_denoiser, model.params, model.schedule, model.image_shape, classes, label, settings)
+    source = Source(make_denoiser, model.params, model.schedule, model.image_shape, classes, label, settings)
+    return source._replace(decode=decode)
 
 
 def settings_of(model: "Model") -> dict[str, Any]:
