@@ -609,7 +609,8 @@ def test_samples_of_latents_are_judged_once_they_are_decoded(folders):
     source = evaluation.source_of(pipeline.network, decode=decode)
     images = evaluation._fid._sampler(source, "diffusers")
     plan = SOLVERS["ddim"](pipeline.schedule)
-    shapes = jax.eval_shape(images, source.params, jax.random.key(0), np.arange(2, dtype=np.uint32), plan)
+    indices = np.arange(2, dtype=np.uint32)
+    shapes = jax.eval_shape(images, source.params, jax.random.key(0), indices, None, plan)
     assert shapes[0].shape == (2, 8, 8, 3)
 
 
