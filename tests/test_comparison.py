@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import evodiff_jax as ed
-from evodiff_jax.evaluation import Problem, _runs, compare, converged, make_sampler, ratios, times_of
+from evodiff_jax.evaluation import Problem, compare, converged, make_sampler, ratios, times_of
 from evodiff_jax.evaluation.metrics import frechet_distance
+from evodiff_jax.generation import _program
 from evodiff_jax.solvers import FORMS
 
 SCHEDULE = ed.schedules.edm(0.02, 20.0)
@@ -69,7 +70,7 @@ def test_samples_do_not_depend_on_the_batch_and_keep_their_order():
 
 def test_what_has_been_made_is_not_made_again(tmp_path, monkeypatch):
     first = list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5))
-    monkeypatch.setattr(_runs, "sample", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(_program, "sample", lambda *_: pytest.fail("sampled again"))
     assert list(compare(problem(), GRIDS, [5, 6], tmp_path, CHOSEN, resamples=5)) == first
 
 

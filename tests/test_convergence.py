@@ -129,7 +129,9 @@ def ruled_errors(solver, steps, schedule=SCHEDULE):
     return np.sqrt([np.mean((x - exact(schedule, x_T)) ** 2) for x in runs])
 
 
-@pytest.mark.parametrize("name", RULED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "variance_optimal" else ()) for name in RULED]
+)
 def test_rules_have_their_nominal_order(name, x64, capsys):
     """Errors of adaptive coefficients fall unevenly: the slope of a line through several, and over many steps."""
     solver, order = RULED[name]

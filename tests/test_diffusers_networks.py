@@ -19,7 +19,7 @@ from evodiff_jax.pretrained.states import apply, original_shapes
 FOLDERS = ("autoencoder_kl", "unet2d", "unet2d_condition")
 CASES = [(folder, name) for folder in FOLDERS for name in networks.names(folder)]
 # By default those that differ most; the others, and each in the other type, are among the slow tests.
-QUICK64 = ("vae_small_groups", "unet2d_resnet_resample", "refiner_like")
+QUICK64 = ("vae_small_groups", "refiner_like")
 QUICK32 = ("vae_sd3", "ddpm_cifar_like")
 IN_FLOAT64 = [pytest.param(*case, marks=() if case[1] in QUICK64 else pytest.mark.slow) for case in CASES]
 IN_FLOAT32 = [pytest.param(*case, marks=() if case[1] in QUICK32 else pytest.mark.slow) for case in CASES]

@@ -125,6 +125,7 @@ def test_samples_of_a_batch_do_not_depend_on_each_other(name, x64):
             np.testing.assert_allclose(theirs[:, (i + 1) % 3], ours[:, i], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @rules
 def test_coefficients_are_chosen_for_channels_or_for_samples(name, x64):
     rule, x_T = RULES[name], initial_state(EDM, SHAPE, jnp.float64)

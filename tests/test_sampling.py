@@ -643,6 +643,7 @@ def test_noise_differs_between_leaves():
         assert abs(np.corrcoef(x["a"].ravel(), x["b"].ravel())[0, 1]) < 0.1
 
 
+@pytest.mark.slow
 def test_leaves_keep_dtypes_of_their_own(strict_promotion):
     x_T = {"low": state(jnp.bfloat16), "high": state()}
     model = lambda x, t: jax.tree.map(lambda a: (a.astype(jnp.float32) / (1 + t**2)).astype(a.dtype), x)

@@ -260,6 +260,7 @@ def test_pure_noise_has_the_deviation_of_the_first_time(schedule):
     assert np.isfinite(x["a"].astype(jnp.float32)).all()
 
 
+@pytest.mark.slow
 def test_noise_of_one_key_a_sample_depends_on_it_alone():
     schedule, keys = SCHEDULES["vp_linear"], jax.random.split(jax.random.key(0), 4)
     x_0, order = jnp.linspace(-1, 1, 4 * 6).reshape(4, 6), np.array([2, 0, 3])

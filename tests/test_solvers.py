@@ -181,6 +181,7 @@ HIGHEST = {
 }
 
 
+@pytest.mark.slow
 def test_traced_times_give_the_tables_of_concrete_ones(x64):
     """In one program for all."""
     schedule = SCHEDULES["vp_linear"]

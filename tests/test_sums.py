@@ -36,6 +36,7 @@ def test_sums_of_any_shape(shape, count, seed):
         np.testing.assert_array_equal(total, term.reshape(shape[0], -1).sum(1) if len(shape) > 1 else term)
 
 
+@pytest.mark.slow
 def test_derivatives_forward_and_backward_and_of_batches(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 6, 3)))
 

@@ -28,7 +28,12 @@ def test_the_counter_counts_what_a_loop_reads_and_writes(optimized):
 FORWARD = {"ddim": 2, "dpm_solver_pp-2": 6, "unipc-2": 7, "ipndm-4": 8, "evodiff": 10.5, "variance_optimal": 11.4}
 
 
-@pytest.mark.parametrize("name", FORWARD)
+SLOW = ("ddim", "ipndm-4", "evodiff", "variance_optimal")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FORWARD]
+)
 def test_forward_traffic_of_exact_and_padded_plans(name, optimized):
     solver = FORMS[name].make()
     exact, padded = ed.plan(SCHEDULE, TIMES, solver), ed.plan(SCHEDULE, TIMES, solver, max_calls=16)

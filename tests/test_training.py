@@ -164,6 +164,7 @@ def test_averaged_weights_follow_the_power_function(dataset):
     np.testing.assert_allclose(state.average["logits"]["kernel"], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_classifier_learns(tmp_path, dataset):
     config = training.TrainConfig(
         network=SMALL_CLASSIFIER, steps=60, batch=12, learning_rate=2e-2, warmup=5, checkpoint_every=60

@@ -93,7 +93,7 @@ def on_eight_devices(names, code):
 @pytest.mark.parametrize(
     ("solvers", "forms"),
     [
-        ("s.unipc(3),", 1),
+        pytest.param("s.unipc(3),", 1, marks=pytest.mark.slow),
         pytest.param("s.evodiff(), s.variance_optimal(), s.sde_dpm_solver_pp(2)", 5, marks=pytest.mark.slow),
     ],
     ids=["quick", "rules and noise"],

@@ -110,6 +110,7 @@ def test_without_a_prior_the_rule_is_exact_for_data_of_one_scale(scale, x64):
 # -- errors on mixtures
 
 
+@pytest.mark.slow
 def test_samples_that_commit_in_steps_that_grow_long_are_better_than_by_fixed_coefficients():
     denoise = ed.denoisers.gaussian_mixture(EDM, np.random.default_rng(0).normal(0, 0.6, (32, 64)), 0.1)
     x_T = EDM.noise(jax.random.key(0), (200, 64))
@@ -163,6 +164,7 @@ def test_samples_of_traced_times_have_finite_gradients_in_them():
 # -- dtypes
 
 
+@pytest.mark.slow
 def test_float32_is_close_to_float64(x64):
     for seed in range(10):
         x_T = initial_state(EDM, SHAPE, jnp.float64, seed=seed)
