@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evodiff_jax import __version__
-from evodiff_jax.cli.prompts import BATCH, Job, make_job, read_asked
+from evodiff_jax.cli.prompts import BATCH, Job, check_takes_texts, load_of_texts, make_job, read_asked
 from evodiff_jax.denoisers import counted
 from evodiff_jax.editing import inpaint
 from evodiff_jax.files import write_atomically
@@ -41,14 +41,9 @@ def run_prompts(args: argparse.Namespace, solver: str, grid: str, steps: int) ->
     """
     from evodiff_jax import pretrained
 
-    folder = Path(args.checkpoint)
-    if not folder.is_dir() or not pretrained.is_pipeline(folder):
-        raise ValueError(
-            f"argument --prompt: {args.checkpoint} has no text encoder; it needs a folder in diffusers' layout, such "
-            "as one of Stable Diffusion"
-        )
+    check_takes_texts(args)
     asked = read_asked(args)
-    pipeline = pretrained.load_pipeline(folder, dtype=args.dtype)
+    pipeline = load_of_texts(args)
     job = make_job(args, pipeline, asked)
     laid_out, solver = _plan_of(args, pipeline, solver, grid, steps)
     calls, paths = int(laid_out.calls), _paths(args.out, len(job.prompts))

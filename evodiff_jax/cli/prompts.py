@@ -125,6 +125,32 @@ def check_prompt_arguments(args: argparse.Namespace) -> bool:
     return asked
 
 
+def check_takes_texts(args: argparse.Namespace) -> None:
+    """Raises ValueError if the checkpoint is no folder of a model of latents, before a file is read."""
+    from evodiff_jax import pretrained
+
+    folder = Path(args.checkpoint)
+    if not folder.is_dir() or not pretrained.is_pipeline(folder):
+        raise ValueError(
+            f"argument --prompt: {args.checkpoint} has no text encoder; it needs a folder in diffusers' layout, such "
+            "as one of Stable Diffusion"
+        )
+
+
+def load_of_texts(args: argparse.Namespace) -> Pipeline:
+    """Loads a model of texts.
+
+    Raises:
+      ValueError: it has no text encoder, or is unusable.
+    """
+    from evodiff_jax import pretrained
+
+    pipeline = pretrained.load_pipeline(Path(args.checkpoint), dtype=args.dtype)
+    if not pipeline.encoders:
+        raise ValueError(f"argument --prompt: {args.checkpoint} has no text encoder")
+    return pipeline
+
+
 def read_asked(args: argparse.Namespace) -> Asked:
     """Reads the prompts and pictures that the arguments name.
 
@@ -142,8 +168,6 @@ def make_job(args: argparse.Namespace, pipeline: Pipeline, asked: Asked) -> Job:
       ValueError: they do not fit the model, or one another.
     """
     prompts, image, mask = asked
-    if not pipeline.encoders:
-        raise ValueError(f"argument --prompt: {args.checkpoint} has no text encoder")
     size = args.size or (pipeline.size if image is None else image.shape[:2])
     try:
         pipeline.latent_shape(size)

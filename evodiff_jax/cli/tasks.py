@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from evodiff_jax.cli.factories import load_source
 from evodiff_jax.cli.models import class_number, load_guided
-from evodiff_jax.cli.prompts import read_prompts
+from evodiff_jax.cli.prompts import check_takes_texts, load_of_texts, read_prompts
 
 if TYPE_CHECKING:
     from evodiff_jax.generation import Source
@@ -80,17 +79,10 @@ def _task_of_prompts(args: argparse.Namespace, twice: bool) -> Task:
     """Loads a model of texts; prompt k modulo their number is that of sample k."""
     from evodiff_jax import generation, pretrained
 
-    folder = Path(args.checkpoint)
-    if not folder.is_dir() or not pretrained.is_pipeline(folder):
-        raise ValueError(
-            f"argument --prompt: {args.checkpoint} has no text encoder; it needs a folder in diffusers' layout, such "
-            "as one of Stable Diffusion"
-        )
+    check_takes_texts(args)
     prompts = read_prompts(args)
     dtype = args.dtype or pretrained.default_dtype()
-    pipeline = pretrained.load_pipeline(folder, dtype=dtype)
-    if not pipeline.encoders:
-        raise ValueError(f"argument --prompt: {args.checkpoint} has no text encoder")
+    pipeline = load_of_texts(args)
     if pipeline.takes_mask:
         raise ValueError(f"{args.checkpoint} is a model of inpainting, which the command sample has")
     size = args.size or pipeline.size
