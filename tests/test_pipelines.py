@@ -159,6 +159,7 @@ def test_schedulers_of_flows_are_refused():
 def test_a_folder_of_pixels_is_a_model(folders, tmp_path):
     model = pretrained.load(folders / "ddpm")
     old = pretrained.load(pipelines.write_ddpm(tmp_path / "old", old=True))
+    assert pretrained.describe_folder(tmp_path / "old")["unet"].problem == ""
     assert (model.name, model.cls, model.network.prediction) == ("ddpm", "UNet2DModel", "epsilon")
     assert model.network.limit == 1
     assert old.digest == model.digest

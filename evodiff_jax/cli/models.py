@@ -106,10 +106,7 @@ def load_guided(args: argparse.Namespace) -> Guided:
         return classifier_guidance(denoise, log_prob, model.schedule, args.classifier_scale)
 
     def decode(params: Any, x: jax.Array) -> jax.Array:
-        if pipeline is None:
-            return x
-        of_one = pipeline.decode
-        return jax.lax.map(lambda latent: of_one({"autoencoder": params[2]}, latent[None])[0], x)
+        return x if pipeline is None else pipeline.decode_each({"autoencoder": params[2]}, x)
 
     of_autoencoder = None if pipeline is None else pipeline.autoencoder.params
     params = model.params, None if classifier is None else classifier.params, of_autoencoder

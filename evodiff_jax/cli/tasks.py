@@ -6,7 +6,6 @@ import argparse
 import hashlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from evodiff_jax.cli.factories import load_source
@@ -96,9 +95,6 @@ def _task_of_prompts(args: argparse.Namespace, twice: bool) -> Task:
         negative = None if args.negative_prompt is None else [args.negative_prompt] * len(some)
         return pipeline.text(pipeline.params, some, negative, size=size)
 
-    def decode(params: Any, latents: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda latent: pipeline.decode(params, latent[None])[0], latents)
-
     source = generation.Source(
         make_denoiser=lambda params, text: pipeline.denoiser(params, text, args.guidance),
         params=pipeline.params,
@@ -113,7 +109,7 @@ def _task_of_prompts(args: argparse.Namespace, twice: bool) -> Task:
             "negative": args.negative_prompt,
             "size": list(size),
         },
-        decode=decode,
+        decode=pipeline.decode_each,
         conditions=conditions,
     )
     guided = f", guidance {args.guidance:g}" if twice else ""

@@ -20,8 +20,7 @@ FAMILY_OF = {
 }
 """The families of the classes that folders may hold."""
 
-UNUSED = ("scheduler", "safety_checker", "feature_extractor", "watermarker")
-"""Components without a network of the library's: their files are not read, but for the scheduler's."""
+_UNUSED = ("scheduler", "safety_checker", "feature_extractor", "watermarker")
 
 _SAMPLED = ("unet", "transformer")
 _OLD_DIT = "Transformer2DModel"  # what DiTTransformer2DModel was called, among other networks
@@ -44,14 +43,20 @@ def load_folder(path: Path, *, dtype: str = "float32", config: Mapping[str, Any]
     found = components(path)
     if "" in found:
         return load_component(found[""], path.name, dtype, config)
-    networks = [name for name in found if name not in UNUSED]
-    if networks != ["unet"]:
+    networks = networks_of(found)
+    if list(networks) != ["unet"]:
         raise ValueError(
             f"{path} holds several networks ({', '.join(networks)}): load it with pretrained.load_pipeline, or one of "
             "its folders"
         )
     model = load_component(found["unet"], path.name, dtype, config)
     return scheduled(model, scheduler_of(path, found))
+
+
+def networks_of(found: Mapping[str, Component]) -> dict[str, Component]:
+    """The components that are networks to load, by name."""
+    used = lambda name: name not in _UNUSED and not name.startswith("tokenizer")
+    return {name: component for name, component in found.items() if used(name)}
 
 
 def load_component(

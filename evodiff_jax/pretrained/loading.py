@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from evodiff_jax.pretrained import checkpoint, folder_models, packaged
 from evodiff_jax.pretrained.adm_release import RELEASED
 from evodiff_jax.pretrained.dit import release as dit_release
-from evodiff_jax.pretrained.folders import components, is_folder_of, weights
+from evodiff_jax.pretrained.folders import components, weights
 from evodiff_jax.pretrained.model import FAMILIES, Model, build, digest_of, from_state
 from evodiff_jax.pretrained.reading import Contents, inspect, read
 from evodiff_jax.pretrained.states import Origin, check
@@ -123,12 +123,11 @@ def recognise(path: Path, contents: Contents, config: Mapping[str, Any] | None =
     if contents.cls is not None:
         return Recognised("edm", contents.cls, {**(contents.arguments or {}), **given})
     names = contents.arrays
-    beside = path.parent / "config.json"
-    if beside.is_file() and any(name.startswith(_OF_FOLDERS) for name in names):
-        component = components(path.parent)[""] if is_folder_of(path.parent) == "network" else None
-        if component is not None:
-            cls = folder_models.class_of(component)
-            return Recognised(folder_models.FAMILY_OF[cls], cls, {**component.config, **given})
+    if (path.parent / "config.json").is_file() and any(name.startswith(_OF_FOLDERS) for name in names):
+        for component in folder_models.networks_of(components(path.parent)).values():
+            if component.path == path.parent:
+                cls = folder_models.class_of(component)
+                return Recognised(folder_models.FAMILY_OF[cls], cls, {**component.config, **given})
     if any(name.startswith("model.diffusion_model.") for name in names):
         raise ValueError(
             f"{path} is a single file of Stable Diffusion in its first release's layout, which is not read: get the "
@@ -222,9 +221,7 @@ def describe_folder(path: Path) -> dict[str, Description]:
       ValueError: the folder is none of diffusers'.
     """
     found = {}
-    for name, component in components(path).items():
-        if name in folder_models.UNUSED or name.startswith("tokenizer"):
-            continue
+    for name, component in folder_models.networks_of(components(path)).items():
         try:
             found[name] = describe(weights(component))
         except ValueError as error:

@@ -264,6 +264,10 @@ class Pipeline(NamedTuple):
             return decode(latents)
         return decode_tiled(decode, latents, self.factor, tile=max(1, tile // self.factor))
 
+    def decode_each(self, params: Any, latents: jax.Array) -> jax.Array:
+        """As `decode`, one after another in the memory of one."""
+        return jax.lax.map(lambda latent: self.decode(params, latent[None])[0], latents)
+
     @property
     def _takes_sizes(self) -> bool:
         """Whether this is Stable Diffusion XL, whose network is told of sizes and of the pooled text."""
