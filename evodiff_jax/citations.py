@@ -13,7 +13,7 @@ _ENTRIES = {
 }""",
     "evodiff": """@inproceedings{li2025evodiff,
   title = {{EVODiff}: Entropy-aware Variance Optimized Diffusion Inference},
-  author = {Li, Shigui and Lin, Wei and Yang, Jiacai and Zhang, Delu and Zhang, Xin},
+  author = {Li, Shigui and Chen, Wei and Zeng, Delu},
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2025},
   eprint = {2509.26096},

@@ -14,8 +14,8 @@ the mean posterior variance per coordinate, `posterior_variance`, in the place o
     H = 1/2 log(2 pi e (sigma_s^2 (1 - q^2) + alpha_s^2 (1 - q^2)^2 V)),
 
 again an upper bound, as a log-determinant is concave. The conditional entropy H(x_{t_i} | x_{t_{i+1}}) of the reverse
-transition and the conditional variance it follows from under the normal approximation are the objectives of Li, Lin,
-Yang, Zhang, Zhang, "EVODiff", NeurIPS 2025, arXiv 2509.26096; the transition with the data known is that of
+transition and the conditional variance it follows from under the normal approximation are the objectives of Li, Chen,
+Zeng, "EVODiff", NeurIPS 2025, arXiv 2509.26096; the transition with the data known is that of
 Ho, Jain, Abbeel, arXiv 2006.11239, Eqs. 6 and 7, and of Kingma, Salimans, Poole, Ho, arXiv 2107.00630, appendix A.
 """
 

@@ -36,7 +36,7 @@ a rule chooses from inner products. These are taken from squared norms N_i = |m_
 |m_i - m_j|^2: adjacent outputs differ little, and products of their differences are not recovered from products of the
 outputs in float32.
 
-Li, Lin, Yang, Zhang, Zhang, "EVODiff: Entropy-aware Variance Optimized Diffusion Inference", NeurIPS 2025,
+Li, Chen, Zeng, "EVODiff: Entropy-aware Variance Optimized Diffusion Inference", NeurIPS 2025,
 arXiv 2509.26096.
 """
 
@@ -110,7 +110,7 @@ def evodiff(channel_axis: int | None = -1, per_leaf: bool = True, last_step: str
       ValueError: when per_leaf is False and channel_axis is not None, or for another last_step.
 
     References:
-      Li, Lin, Yang, Zhang, Zhang, arXiv 2509.26096, algorithm 1, and the authors' public code.
+      Li, Chen, Zeng, arXiv 2509.26096, algorithm 1, and the authors' public code.
     """
     check_choice("evodiff", "last_step", last_step, ("ddim", "released"))
     table = _released_table if last_step == "released" else _table
