@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from evodiff_jax.numerics import at_least_float32, on_host
-from evodiff_jax.sampling import check_solver, check_times, plan_from_times, sample
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
+from evodiff_jax.sampling import check_times, expect_solver, plan_from_times, sample
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, expect_schedule, made_of, some_levels
 from evodiff_jax.tables import Solver
 from evodiff_jax.types import (
     Denoiser,
@@ -80,7 +80,7 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
     known = check_state(known, "known")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     check_same_schedule(denoise, some_levels(schedule), "the schedule given for inpainting")
     check_keys(key, np.shape(key)[0] if np.ndim(key) else 1)
     for leaf in jax.tree.leaves(mask) or [mask]:
@@ -148,9 +148,9 @@ def invert(denoise: Denoiser, x_0: State, schedule: NoiseSchedule, times: ArrayL
     References:
       Song, Meng, Ermon, arXiv 2010.02502, section 4.3; Dhariwal & Nichol, arXiv 2105.05233, appendix F.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     x_0 = check_state(x_0, "x_0")
-    check_solver(solver)
+    expect_solver(solver)
     downwards = check_times(times, schedule)
     if plan_from_times(schedule, downwards, solver).table.noise is not None:
         raise ValueError(f"invert needs a deterministic solver, got {solver.name}, which adds noise")

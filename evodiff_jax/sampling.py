@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax import kernel
 from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, is_integer, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, expect_schedule, some_levels
 from evodiff_jax.tables import Plan, Solver, Table, append_denoising, check_table, denoises_to_zero, pad
 from evodiff_jax.types import (
     Denoiser,
@@ -83,8 +83,8 @@ def plan(
       >>> int(run.calls), run.table.time.shape
       (10, (40,))
     """
-    check_schedule(schedule)
-    check_solver(solver)
+    expect_schedule(schedule)
+    expect_solver(solver)
     if max_calls is not None and not is_integer(max_calls):
         raise TypeError(f"max_calls must be an integer or None, got {max_calls!r}")
     laid_out = plan_from_times(schedule, check_times(times, schedule), solver, denoise_to_zero)
@@ -105,7 +105,7 @@ def plan_from_times(schedule: NoiseSchedule, times: Any, solver: Solver, denoise
     return Plan(table, np.asarray(table.time.shape[0], np.int32), end, solver.rule, some_levels(schedule))
 
 
-def check_solver(solver: Any) -> None:
+def expect_solver(solver: Any) -> None:
     """Raises TypeError for anything but a solver."""
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver, such as solvers.dpm_solver_pp(2) returns, got {solver!r}")

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax.files import write_atomically
 from evodiff_jax.numerics import at_least_float32, checked_arguments, is_integer, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, expect_schedule, some_levels
 from evodiff_jax.types import Denoiser, check_function, check_keys, check_state
 
 _FORMAT = "evodiff_jax/model_statistics/1"
@@ -84,7 +84,7 @@ def estimate(
         does not divide B, or the log-SNR is infinite at an end.
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     check_same_schedule(denoise, some_levels(schedule), "the schedule given for the statistics")
     x_0 = jnp.asarray(x_0)
     check_state(x_0, "x_0")

@@ -12,7 +12,7 @@ import numpy as np
 
 from evodiff_jax.denoisers import NEED_SIGNAL, PREDICTIONS, from_prediction
 from evodiff_jax.numerics import on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 from evodiff_jax.types import Denoiser, State, check_function, check_keys, check_state, fold_in, widest
 
 _RATIOS = (0.25, 0.7, 2.0, 4.0)  # sigma over alpha times the data's deviation: where a wrong reading shows
@@ -79,7 +79,7 @@ def check_denoiser(denoise: Denoiser, schedule: NoiseSchedule, data: State, key:
       1.0
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     data = check_state(data, "data")
     key = check_keys(key, 1)
     deviation = _deviation(data)
@@ -148,7 +148,7 @@ def check_noise(schedule: NoiseSchedule, x_T: State) -> None:
       >>> schedule = ed.schedules.edm()
       >>> check_noise(schedule, schedule.noise(jax.random.key(0), (4, 32, 32, 3)))
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     leaves = jax.tree.leaves(check_state(x_T, "x_T"))
     count = sum(leaf.size for leaf in leaves)
     found = np.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in leaves) / count)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array
-from evodiff_jax.schedules import NoiseSchedule, check_schedule, of_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule, of_schedule
 from evodiff_jax.types import Denoiser
 
 
@@ -36,7 +36,7 @@ def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) ->
       >>> denoise(jnp.array([[3.0, 0.0]]), jnp.float32(0.1)).round(2)
       Array([[2., 0.]], dtype=float32)
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     centers = concrete_array("centers", centers)
     if centers.ndim < 1 or len(centers) < 1 or not std > 0:
         raise ValueError(f"gaussian_mixture needs centers (K, ...) and std > 0, got {centers.shape} and {std}")

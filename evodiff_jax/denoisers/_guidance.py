@@ -9,7 +9,7 @@ import numpy as np
 
 from evodiff_jax.denoisers._prediction import check_signal
 from evodiff_jax.numerics import checked_arguments, concrete_array, is_integer
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, made_of, some_levels
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, expect_schedule, made_of, some_levels
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, per_sample, widest
 
 
@@ -66,7 +66,7 @@ def classifier_free_guidance(
     if channels is not None and not (is_integer(channels) and channels >= 1):
         raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
     if schedule is not None:
-        check_schedule(schedule)
+        expect_schedule(schedule)
     _check_interval(interval, schedule)
     both = None
     if batched:
@@ -143,7 +143,7 @@ def classifier_guidance(
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
     check_function("log_prob", log_prob, "log_prob(x, t) -> (B,)")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     check_same_schedule(denoise, some_levels(schedule), "the schedule given for the classifier")
     check_signal(schedule, "a gradient")
     _check_scale(scale)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from evodiff_jax.numerics import checked_arguments, on_host
 from evodiff_jax.preconditioning import coefficients
-from evodiff_jax.schedules import NoiseSchedule, check_schedule, of_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule, of_schedule
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_like, widest
 
 
@@ -122,7 +122,7 @@ def check_signal(schedule: NoiseSchedule, what: str) -> None:
 
 def _check(fn: Any, schedule: Any, prediction: Any, time: Any, sigma_data: Any) -> None:
     check_function("fn", fn, "fn(x, time)")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}")
     if prediction in NEED_SIGNAL:

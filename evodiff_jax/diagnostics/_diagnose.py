@@ -15,7 +15,7 @@ from evodiff_jax.diagnostics._runs import Run, Trajectory, converge, follow
 from evodiff_jax.diagnostics._states import check_count
 from evodiff_jax.diagnostics._transitions import transition_entropy, transition_information, transition_variance
 from evodiff_jax.sampling import check_times, plan
-from evodiff_jax.schedules import NoiseSchedule, check_schedule, made_of
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule, made_of
 from evodiff_jax.tables import Plan, Solver
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_keys, check_state, fold_in
 
@@ -92,7 +92,7 @@ def diagnose(
         message says of which solver, and from which call and time on.
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     x_T, key = check_state(x_T, "x_T"), check_keys(key, 1)
     count = batch_size(x_T)
     times = np.asarray(check_times(times, schedule))

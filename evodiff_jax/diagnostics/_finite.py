@@ -10,7 +10,7 @@ from jax.core import Tracer
 from evodiff_jax.diagnostics._runs import Run, Trajectory
 from evodiff_jax.diagnostics._states import mean_square
 from evodiff_jax.numerics import on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 
 def check_finite(run: Run | Trajectory, schedule: NoiseSchedule) -> None:
@@ -24,7 +24,7 @@ def check_finite(run: Run | Trajectory, schedule: NoiseSchedule) -> None:
       TypeError: when the run is traced or something else, or the schedule is.
       ValueError: with the call, the time and the log-SNR at which numbers that are not finite began, and the samples.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     if not isinstance(run, Run | Trajectory) or isinstance(run.times, Tracer):
         raise TypeError(f"check_finite needs a concrete Run or Trajectory, from follow or converge, got {run!r}")
     check_flags(np.asarray(run.times), finite_flags(run), schedule)

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from evodiff_jax.diagnostics._runs import Trajectory
 from evodiff_jax.diagnostics._states import check_count, difference, mean_square, rms
 from evodiff_jax.numerics import concrete_array, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 
 class Density(NamedTuple):
@@ -130,7 +130,7 @@ def times_by_density(schedule: NoiseSchedule, density: Density, start: float, en
       TypeError: when the schedule is something else, or the density traced.
       ValueError: when start and end are not as above, steps is below 1, or the density is not positive and finite.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     steps = check_count("steps", steps, 1)
     nodes, values = (concrete_array("density", part) for part in density)
     low, high = schedule.levels(np.array([start, end])).lambda_
@@ -148,4 +148,4 @@ def times_by_density(schedule: NoiseSchedule, density: Density, start: float, en
 def _check(trajectory: Any, schedule: Any) -> None:
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory must be a Trajectory, from converge, got {type(trajectory).__name__}")
-    check_schedule(schedule)
+    expect_schedule(schedule)

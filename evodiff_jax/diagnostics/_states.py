@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from evodiff_jax.numerics import at_least_float32, concrete_array, is_integer
-from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, check_schedule, some_levels
+from evodiff_jax.schedules import NoiseSchedule, check_same_schedule, expect_schedule, some_levels
 from evodiff_jax.types import State, batch_size, check_function, check_state, widest
 
 
@@ -59,7 +59,7 @@ def check_model(denoise: Any, schedule: Any, x: Any, name: str = "x") -> State:
       ValueError: when denoise was made for another schedule, or the state has no batch axis.
     """
     check_function("denoise", denoise, "denoise(x, t) -> x_0")
-    check_schedule(schedule)
+    expect_schedule(schedule)
     check_same_schedule(denoise, some_levels(schedule), "the schedule given")
     return check_state(x, name)
 

@@ -28,7 +28,7 @@ from jax.core import Tracer
 
 from evodiff_jax.diagnostics._states import check_time
 from evodiff_jax.numerics import at_least_float32
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 _ENTROPY_OF_UNIT_VARIANCE = 0.5 * math.log(2 * math.pi * math.e)
 
@@ -148,7 +148,7 @@ def transition_information(schedule: NoiseSchedule, t: Any, s: Any, variance: An
 
 
 def _transition(schedule: NoiseSchedule, t: Any, s: Any, dtype: Any) -> Transition:
-    check_schedule(schedule)
+    expect_schedule(schedule)
     t, s = check_time(schedule, t, "t"), check_time(schedule, s, "s")
     if not any(isinstance(time, Tracer) for time in (t, s)) and not s < t:
         raise ValueError(f"s must be below t, got s = {float(s):g} and t = {float(t):g}")

@@ -14,7 +14,7 @@ from evodiff_jax.fitting._fit import Figures, Fitted, Report
 from evodiff_jax.fitting._offsets import Offsets, check_levels, is_variance_optimal
 from evodiff_jax.fitting._packaged import available, locate
 from evodiff_jax.numerics import is_integer
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 from evodiff_jax.solvers import variance_optimal
 from evodiff_jax.solvers._variance_optimal import Data
 from evodiff_jax.tables import Plan, Table
@@ -91,7 +91,7 @@ def load(
         schedule or model.
     """
     if schedule is not None:
-        check_schedule(schedule)
+        expect_schedule(schedule)
     require("safetensors", extra="fit")
     from safetensors import SafetensorError, safe_open
 

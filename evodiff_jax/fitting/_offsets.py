@@ -23,7 +23,7 @@ import numpy as np
 
 from evodiff_jax import quadrature
 from evodiff_jax.numerics import concrete_array, is_integer, namespace
-from evodiff_jax.schedules import Levels, NoiseSchedule, SomeLevels, check_schedule, some_levels
+from evodiff_jax.schedules import Levels, NoiseSchedule, SomeLevels, expect_schedule, some_levels
 from evodiff_jax.solvers import _variance_optimal
 from evodiff_jax.tables import Plan, Rule, Table, append_denoising, denoises_to_zero, pad
 
@@ -89,7 +89,7 @@ def start_of(plan: Plan, schedule: NoiseSchedule, *, outputs: int = 4) -> Start:
       TypeError: when plan, schedule or an option is something else, or the plan is traced.
       ValueError: when the plan is not as above or of another schedule.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times, solver), got {plan!r}")
     if not is_integer(outputs) or outputs < 1:

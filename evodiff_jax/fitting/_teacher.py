@@ -11,7 +11,7 @@ from evodiff_jax.fitting._offsets import check_levels, time_at
 from evodiff_jax.numerics import concrete_array, is_integer
 from evodiff_jax.sampling import plan as lay_out
 from evodiff_jax.sampling import sample
-from evodiff_jax.schedules import NoiseSchedule, check_schedule, made_of
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule, made_of
 from evodiff_jax.solvers import unipc
 from evodiff_jax.tables import Plan, denoises_to_zero
 from evodiff_jax.types import batch_size, check_function, check_state
@@ -39,7 +39,7 @@ def default_teacher(schedule: NoiseSchedule, plan: Plan, steps: int = STEPS) -> 
       TypeError: when schedule or plan is something else.
       ValueError: when there are fewer steps than the plan makes calls.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, from evodiff_jax.plan(schedule, times, solver), got {plan!r}")
     calls = int(plan.calls)

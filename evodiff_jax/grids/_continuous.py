@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from evodiff_jax.grids._parts import between, ends_of, fractions_of, grid, pinned
 from evodiff_jax.numerics import checked_arguments, concrete_array, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 
 @grid
@@ -245,7 +245,7 @@ def from_sigmas(schedule: NoiseSchedule, sigmas: ArrayLike) -> np.ndarray:
       TypeError: when the schedule is something else.
       ValueError: when the sigmas are not as above.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     kappa = concrete_array("sigmas", sigmas)
     if kappa.ndim != 1 or kappa.size < 2 or not (np.diff(kappa) < 0).all() or kappa[-1] < 0:
         raise ValueError(f"sigmas must be at least 2 strictly decreasing numbers, none negative, got {sigmas!r}")

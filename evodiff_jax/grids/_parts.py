@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from evodiff_jax.numerics import Parameters, checked_arguments, is_integer
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 
 def grid(make: Callable[Parameters, np.ndarray]) -> Callable[Parameters, np.ndarray]:
@@ -16,7 +16,7 @@ def grid(make: Callable[Parameters, np.ndarray]) -> Callable[Parameters, np.ndar
     @functools.wraps(make)
     def made(*args: Parameters.args, **kwargs: Parameters.kwargs) -> np.ndarray:
         if args:
-            check_schedule(args[0])
+            expect_schedule(args[0])
         return checked(*args, **kwargs)
 
     return made
@@ -39,7 +39,7 @@ def ends_of(schedule: NoiseSchedule, start: float | None, end: float | None) -> 
 
     Raises TypeError for anything but a schedule and ValueError for ends outside it.
     """
-    check_schedule(schedule)
+    expect_schedule(schedule)
     start = schedule.t_max if start is None else float(start)
     end = schedule.t_min if end is None else float(end)
     if not schedule.t_min <= end < start <= schedule.t_max:

@@ -4,7 +4,7 @@ import numpy as np
 
 from evodiff_jax.grids._parts import ends_of, fractions_of, grid
 from evodiff_jax.numerics import is_integer, on_host
-from evodiff_jax.schedules import NoiseSchedule, check_schedule
+from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 _NEAR_T_MAX = 0.9  # a first timestep below this part of t_max has too much signal for an x_T of pure noise
 
@@ -83,7 +83,7 @@ def trailing(
 
 def _discrete(schedule: NoiseSchedule, grid: str, num_steps: int) -> int:
     """The number of the schedule's timesteps, once it is known to have that many."""
-    check_schedule(schedule)
+    expect_schedule(schedule)
     fractions_of(num_steps)
     if schedule.num_timesteps is None:
         raise ValueError(f"the {grid} grid needs a schedule of discrete timesteps, from schedules.discrete")

@@ -19,7 +19,7 @@ from evodiff_jax.schedules._discrete import (
     scaled_linear_betas,
     zero_terminal_snr,
 )
-from evodiff_jax.schedules._schedule import Levels, NoiseSchedule, ScheduleFn, check_schedule
+from evodiff_jax.schedules._schedule import Levels, NoiseSchedule, ScheduleFn, expect_schedule
 
 __all__ = [
     "Levels",
@@ -27,10 +27,10 @@ __all__ = [
     "ScheduleFn",
     "SomeLevels",
     "check_same_schedule",
-    "check_schedule",
     "cosine_betas",
     "discrete",
     "edm",
+    "expect_schedule",
     "flow",
     "from_log_snr",
     "linear_betas",

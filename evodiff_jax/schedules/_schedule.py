@@ -189,7 +189,7 @@ def _scalar(name: str, value: Any) -> float:
     return float(number)
 
 
-def check_schedule(schedule: Any) -> None:
+def expect_schedule(schedule: Any) -> None:
     """Raises TypeError for anything but a schedule."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, for example schedules.edm(), got {schedule!r}")
