@@ -139,7 +139,7 @@ def citation(solver: Solver) -> str:
     Raises:
       TypeError: when `solver` is something else.
 
-    Example:
+    Examples:
       >>> import evodiff_jax as ed
       >>> print(citation(ed.solvers.ddim()).splitlines()[0])
       @inproceedings{song2021ddim,

@@ -67,7 +67,7 @@ def inpaint(denoise: Denoiser, known: State, mask: Any, schedule: NoiseSchedule,
     References:
       Lugmayr et al. 2022 (RePaint), arXiv 2201.09865, Eq. 8, without its resampling.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> times, key = ed.grids.log_snr(schedule, 10), jax.random.key(0)

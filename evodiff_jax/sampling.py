@@ -76,7 +76,7 @@ def plan(
       ValueError: when the times are not as above, the solver's table is inconsistent, or the run takes more calls than
         `max_calls`.
 
-    Example:
+    Examples:
       >>> import evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> run = plan(schedule, ed.grids.log_snr(schedule, 10), ed.solvers.dpm_solver_pp(2), max_calls=40)
@@ -197,7 +197,7 @@ def sample(
       ValueError: when x_T has no batch axis, denoise or on_state returns another shape, a stochastic solver gets no
         key, the plan is stacked, or its coefficients are for states of another shape. All before compilation.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> x_T = schedule.noise(jax.random.key(0), (64, 32, 32, 3))
@@ -279,7 +279,7 @@ def init(x_T: Any, plan: Plan, *, key: jax.Array | None = None) -> RunState:
       TypeError: as `sample`.
       ValueError: as `sample`.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> x_T = schedule.noise(jax.random.key(0), (4, 8))

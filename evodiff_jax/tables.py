@@ -281,7 +281,7 @@ def stack(plans: Sequence[Plan]) -> Plan:
     Raises:
       ValueError: when there are none, their rules differ, or a solver has coefficients for each coordinate.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> times = ed.grids.log_snr(schedule, 8)

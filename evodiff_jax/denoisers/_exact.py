@@ -29,7 +29,7 @@ def gaussian_mixture(schedule: NoiseSchedule, centers: ArrayLike, std: float) ->
       TypeError: when the schedule is something else, centers no array of numbers, or std no number.
       ValueError: when there are no centers or std is not positive; when called, when x is of another shape.
 
-    Example:
+    Examples:
       >>> import evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> denoise = gaussian_mixture(schedule, [[-1.0, 0.0], [1.0, 0.0]], 0.1)

@@ -24,7 +24,7 @@ def split_nnx(module: Any) -> tuple[Callable[..., Any], Any]:
     Raises:
       TypeError: when it is no NNX module.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> fn, params = split_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
@@ -63,7 +63,7 @@ def counted(fn: Denoiser, on_call: Callable[[int], Any]) -> Denoiser:
     Raises:
       TypeError: when fn or on_call is no function.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> sizes = []
       >>> y = jax.jit(counted(lambda x, t: x, sizes.append))(jnp.zeros((4, 8)), 0.5)

@@ -81,7 +81,7 @@ def from_prediction(
         data there, "index" is asked for a schedule without timesteps, or sigma_data is not positive; when called,
         when fn returns another shape.
 
-    Example:
+    Examples:
       >>> import evodiff_jax as ed
       >>> schedule = ed.schedules.discrete(ed.schedules.scaled_linear_betas())
       >>> denoise = from_prediction(lambda x, index: 0 * x, schedule, "v", time="index")

@@ -75,7 +75,7 @@ def posterior_variance(
       ValueError: when denoise was made for another schedule, t is outside the schedule or has alpha = 0, or there are
         fewer than 2 probes.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
       >>> denoise = ed.denoisers.gaussian_mixture(schedule, [[0.0] * 5], 2.0)  # normal data of variance 4

@@ -85,7 +85,7 @@ def transition_entropy(schedule: NoiseSchedule, t: Any, s: Any, variance: Any) -
       TypeError: as `transition_variance`.
       ValueError: as `transition_variance`.
 
-    Example:
+    Examples:
       >>> import evodiff_jax as ed
       >>> transition_entropy(ed.schedules.edm(), 2.0, 1.0, 0.8).round(4)
       Array(1.5101, dtype=float32)

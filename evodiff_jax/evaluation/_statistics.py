@@ -51,7 +51,7 @@ def include(statistics: Statistics, features: ArrayLike) -> Statistics:
     References:
       Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance: analysis and recommendations".
 
-    Example:
+    Examples:
       >>> statistics = no_statistics(2)
       >>> for batch in ([[0.0, 1.0], [2.0, 1.0]], [[4.0, 4.0]]):
       ...     statistics = include(statistics, batch)

@@ -99,7 +99,7 @@ def frechet_distance_of_statistics(mean_a: ArrayLike, cov_a: ArrayLike, mean_b: 
     References:
       Heusel et al. 2017, arXiv 1706.08500, Eq. 6.
 
-    Example:
+    Examples:
       >>> frechet_distance_of_statistics([0.0, 0.0], np.eye(2), [3.0, 4.0], 4 * np.eye(2))
       27.0
     """
@@ -229,7 +229,7 @@ def bootstrap(
     References:
       Efron 1979, "Bootstrap methods: another look at the jackknife".
 
-    Example:
+    Examples:
       >>> errors = np.array([1.0, 2.0, 3.0, 4.0])
       >>> bootstrap(lambda rows: float(np.median(errors[rows])), 4).value
       2.5

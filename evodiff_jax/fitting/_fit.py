@@ -169,7 +169,7 @@ def fit(
         too few samples, or the teacher's samples are not finite.
       ModuleNotFoundError: without the extra `fit`.
 
-    Example:
+    Examples:
       >>> import jax, evodiff_jax as ed
       >>> from evodiff_jax import fitting
       >>> schedule = ed.schedules.edm()

@@ -31,7 +31,7 @@ def to_uint8(x: jax.Array | np.ndarray, protocol: str = "diffusers") -> Any:
     Raises:
       ValueError: the protocol is unknown.
 
-    Example:
+    Examples:
       >>> [int(to_uint8(np.zeros(()), protocol)) for protocol in UINT8]
       [128, 127, 128]
     """

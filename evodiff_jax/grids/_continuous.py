@@ -279,7 +279,7 @@ def last_steps(times: ArrayLike, strength: float) -> np.ndarray:
       TypeError: when times is no array of numbers, or strength no number.
       ValueError: unless 0 < strength <= 1, or when times is not one-dimensional.
 
-    Example:
+    Examples:
       >>> last_steps([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], strength=0.4)
       array([0.4, 0.2, 0. ])
     """

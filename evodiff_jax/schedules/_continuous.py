@@ -147,7 +147,7 @@ def resolution_shift(tokens: float, base_tokens: float, base_shift: float = 1.0)
     References:
       Esser et al., arXiv 2403.03206, Eq. 23.
 
-    Example:
+    Examples:
       >>> resolution_shift(64 * 64, base_tokens=32 * 32, base_shift=1.5)
       3.0
     """
@@ -176,7 +176,7 @@ def sequence_shift(
     Raises:
       ValueError: when tokens is not positive or base_tokens and max_tokens are equal.
 
-    Example:
+    Examples:
       >>> round(sequence_shift(4096), 4)
       3.1582
     """
@@ -206,7 +206,7 @@ def from_log_snr(log_snr: ScheduleFn, t_min: float, t_max: float, time: Schedule
     Raises:
       ValueError: as `NoiseSchedule`.
 
-    Example:
+    Examples:
       >>> schedule = from_log_snr(lambda t: 10 - 20 * t, t_min=0.0, t_max=1.0)
       >>> round(float(schedule.time(schedule.lambda_(0.3))), 6)
       0.3

@@ -41,7 +41,7 @@ def discrete(
     References:
       Ho, Jain, Abbeel, arXiv 2006.11239.
 
-    Example:
+    Examples:
       >>> schedule = discrete(scaled_linear_betas())  # Stable Diffusion 1 and 2
       >>> schedule.num_timesteps, schedule.t_max, round(float(schedule.sigma(999) / schedule.alpha(999)), 2)
       (1000, 999.0, 14.61)

@@ -123,7 +123,7 @@ class NoiseSchedule:
           TypeError: when key is no random key, shape is no tuple of integers, or dtype is not floating-point.
           ValueError: when the shape has no batch axis, or there is neither one key nor one a sample.
 
-        Example:
+        Examples:
           >>> import jax, evodiff_jax as ed
           >>> x_T = ed.schedules.edm(sigma_max=80.0).noise(jax.random.key(0), (1000, 100))
           >>> bool(abs(x_T.std() - 80) < 1)
@@ -159,7 +159,7 @@ class NoiseSchedule:
           ValueError: when x_0 has no batch axis, t is of another shape or outside the schedule, or there is neither one
             key nor one a sample.
 
-        Example:
+        Examples:
           >>> import jax, evodiff_jax as ed
           >>> schedule = ed.schedules.edm()
           >>> times = ed.grids.last_steps(ed.grids.log_snr(schedule, 20), strength=0.5)  # 10 steps
