@@ -1,0 +1,63 @@
+"""What the site needs beside docs/: files of the repository as pages, links that leave docs/, links to the API.
+
+MkDocs calls these functions (`hooks` in mkdocs.yml). Pages are written for GitHub: links are relative to their file.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/*.md", "benchmarks/results/*.png", "colab/samples.png"]
+LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)")
+FENCED = re.compile(r"(^ *```.*?^ *```|^    .*?$)", re.DOTALL | re.MULTILINE)
+NAME = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>((?:ed|evodiff_jax)((?:\.\w+)+)(?:\([^<]*\))?)</code>", re.DOTALL)
+
+
+def on_files(files, config):
+    """Adds the files of `OUTSIDE` to the site, at their paths in the repository."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links to files that are not of the site lead to the repository."""
+    outside = page.file.generated_by is not None
+    here = page.file.src_uri if outside else f"docs/{page.file.src_uri}"
+
+    def relinked(match):
+        before, link = match.groups()
+        if "://" in link or link.startswith("mailto:"):
+            return match[0]
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
+        uri = target.removeprefix("docs/")
+        if files.get_file_from_path(uri):
+            return before + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
+        if not (ROOT / target).exists():
+            return match[0]  # MkDocs warns
+        return f"{before}{config.repo_url}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}"
+
+    parts = FENCED.split(markdown)
+    return "".join(part if odd % 2 else LINK.sub(relinked, part) for odd, part in enumerate(parts))
+
+
+def on_page_content(html, page, config, files):
+    """Public names in the text, such as `ed.grids.log_snr`, lead to their place in the API."""
+    del page, config, files
+
+    def linked(match):
+        if not match[2]:
+            return match[0]
+        return f'<autoref optional identifier="evodiff_jax{match[3]}">{match[0]}</autoref>'
+
+    return NAME.sub(linked, html)
+
+
+def on_post_page(output, page, config):
+    """Without this mark the theme does not ask GitHub for the number of stars."""
+    del page, config
+    return output.replace('data-md-component="source"', "")
