@@ -20,6 +20,7 @@ LAYERS = [
     ["kernel", "quadrature", "denoisers", "grids", "statistics"],
     ["solvers", "citations"],
     ["sampling", "editing", "testing", "diagnostics"],
+    ["plotting"],
     ["pretrained", "fitting"],
     ["generation"],
     ["evaluation"],
@@ -63,7 +64,7 @@ def test_imports_go_one_way(module):
 def test_importing_the_library_loads_the_core_and_runs_nothing_on_a_device():
     code = (
         "import sys, evodiff_jax; "
-        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'evodiff_jax.pretrained', "
+        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'matplotlib', 'evodiff_jax.pretrained', "
         "'evodiff_jax.cli') if m in sys.modules]); "
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )

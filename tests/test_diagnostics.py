@@ -13,7 +13,7 @@ import pytest
 from exact_models import SCHEDULES, initial_state
 
 import evodiff_jax as ed
-from evodiff_jax import diagnostics
+from evodiff_jax import diagnostics, plotting
 from evodiff_jax.cli import main
 from evodiff_jax.denoisers import gaussian_mixture
 
@@ -502,7 +502,7 @@ def test_tables_and_figure_of_a_diagnosis():
     text = diagnostics.markdown_of(found)
     assert "## evodiff" in text
     assert text.count("\n| 4 |") == 2
-    figure = diagnostics.plot(found, "title")
+    figure = plotting.diagnoses(found, "title")
     assert [panel.get_title() for panel in figure.axes if panel.get_visible()][-2:] == ["zeta", "eta"]
     file = io.BytesIO()
     figure.savefig(file, format="png")

@@ -68,7 +68,7 @@ def run_diagnose(args: argparse.Namespace) -> None:
             raise ValueError(f"argument --solvers: must be of {', '.join(known)}, got {name!r}")
     check_folder("--out", args.out)
     require("matplotlib", extra="plots")
-    from evodiff_jax import diagnostics
+    from evodiff_jax import diagnostics, plotting
 
     model = _exact(args) if args.exact is not None else _network(args)
     name, denoise, params, condition, schedule, shape = model
@@ -98,7 +98,7 @@ def run_diagnose(args: argparse.Namespace) -> None:
         "error is that after the step. See docs/diagnostics.md for every formula."
     )
     described = f"# Solvers on {name}, step by step\n\n{facts}\n\n"
-    figure = diagnostics.plot(found, f"{name}, {args.steps} steps on the {args.grid} grid")
+    figure = plotting.diagnoses(found, f"{name}, {args.steps} steps on the {args.grid} grid")
     paths = [args.out / f"{_NAME}.{ending}" for ending in ("md", "csv", "png")]
     texts = described + diagnostics.markdown_of(found), diagnostics.csv_of(found)
     writes: dict[Path, Callable[[IO[bytes]], Any]] = {

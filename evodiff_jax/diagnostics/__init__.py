@@ -3,11 +3,11 @@
 `posterior_variance` and `posterior_covariance` are of a denoiser at given states; `transition_entropy` and the like
 follow from them. `follow` runs a plan and keeps what it did, `converge` makes the exact trajectory, and the errors,
 the curvature and the density of calls are of these two. `diagnose` is all of it for several solvers.
+`plotting.diagnoses` draws what it returns.
 """
 
 from evodiff_jax.diagnostics._diagnose import QUANTITIES, Diagnosis, diagnose
 from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
-from evodiff_jax.diagnostics._figure import plot
 from evodiff_jax.diagnostics._finite import check_finite
 from evodiff_jax.diagnostics._geometry import Density, call_density, curvature, times_by_density
 from evodiff_jax.diagnostics._posterior import Estimated, posterior_covariance, posterior_variance
@@ -35,7 +35,6 @@ __all__ = [
     "diagnose",
     "follow",
     "markdown_of",
-    "plot",
     "posterior_covariance",
     "posterior_variance",
     "reconstruction_errors",

@@ -5,16 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evodiff_jax.diagnostics._diagnose import QUANTITIES, Diagnosis
-from evodiff_jax.extras import require
+from evodiff_jax.diagnostics import QUANTITIES, Diagnosis
+from evodiff_jax.plotting._style import (
+    SMALL,
+    TITLE,
+    add_legend,
+    check_title,
+    finish_panel,
+    line_style,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito, told apart by the colour-blind; dashes and markers tell lines apart in grey.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osv^Dx+"
-_DASHES = ("-", "--", "-.", ":")
 _TITLES = {
     **QUANTITIES,
     "entropy": "conditional entropy of the transition",
@@ -39,33 +43,34 @@ _LINEAR = ("entropy", "information", "curvature", "zeta", "eta")
 _COLUMNS = 4
 
 
-def plot(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
+def diagnoses(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
     """Draws diagnoses, with means over samples and bands of 1.96 standard errors; needs `evodiff-jax[plots]`.
 
     The state's error is drawn at the end of the step, all else at its start. What is at alpha = 0 or sigma = 0, where
     the log-SNR is infinite, is left out.
 
     Args:
-      diagnoses: from `diagnose`.
+      diagnoses: from `diagnostics.diagnose`.
       title: of the figure.
 
     Returns:
-      A matplotlib figure, of no window: `figure.savefig(path)` writes it.
+      A matplotlib figure, of no window: a notebook shows it, `figure.savefig(path)` writes it.
 
     Raises:
       ModuleNotFoundError: when matplotlib is not installed.
-      ValueError: when there are no diagnoses.
+      TypeError: when diagnoses are something else, or the title is no text.
+      ValueError: when there are no diagnoses, or nothing in them is finite.
     """
-    require("matplotlib", extra="plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    if not isinstance(diagnoses, Mapping) or not all(isinstance(found, Diagnosis) for found in diagnoses.values()):
+        raise TypeError(f"diagnoses must be a dictionary, from diagnose, got {diagnoses!r}")
     if not diagnoses:
-        raise ValueError("plot needs a diagnosis at least, from diagnose")
-    shown = [name for name in _TITLES if any(np.isfinite(_of(found, name)).any() for found in diagnoses.values())]
+        raise ValueError("there must be a diagnosis at least, from diagnose")
+    check_title(title)
+    shown = [name for name in _TITLES if any(len(_line(found, name)[0]) for found in diagnoses.values())]
+    if not shown:
+        raise ValueError("no quantity of the diagnoses is finite anywhere")
     rows = -(-len(shown) // _COLUMNS)
-    figure = Figure(figsize=(3.6 * _COLUMNS, 2.7 * rows + 0.7), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.6 * _COLUMNS, 2.7 * rows + 0.7)
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     lines: dict[str, Any] = {}
     for panel, name in zip(panels, shown, strict=False):
@@ -75,26 +80,25 @@ def plot(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
             x, mean, half = _line(found, name)
             if not len(x):
                 continue
-            style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            style = {**line_style(index), "markersize": 4, "linewidth": 1.3}
             if name == "curvature":
-                style = {"color": "0.3", "marker": "."}
-            dashes = _DASHES[index % len(_DASHES)]
-            line = panel.plot(x, mean, linestyle=dashes, markersize=3.5, linewidth=1.3, markerfacecolor="none", **style)
+                style |= {"color": "0.3", "marker": ".", "linestyle": "-"}
+            (line,) = panel.plot(x, mean, **style)
             panel.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
             if name != "curvature":
-                lines[solver] = line[0]
-        panel.set_title(_TITLES[name], fontsize=8)
-        panel.set_xlabel("log-SNR, 2 log(alpha / sigma)", fontsize=7)
-        panel.set_ylabel(_UNITS[name], fontsize=7)
-        panel.tick_params(which="both", labelsize=7)
-        panel.grid(alpha=0.3, linewidth=0.5)
+                lines[solver] = line
+        panel.set_title(_TITLES[name], fontsize=SMALL)
+        panel.set_xlabel("log-SNR, 2 log(alpha / sigma)", fontsize=SMALL - 1)
+        panel.set_ylabel(_UNITS[name], fontsize=SMALL - 1)
+        finish_panel(panel, small=True)
         if name not in _LINEAR:
             panel.set_yscale("log", nonpositive="mask")
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     if title:
-        figure.suptitle(title, fontsize=9)
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=min(len(lines), 7), fontsize=8)
+        figure.suptitle(title, fontsize=TITLE)
+    if lines:
+        add_legend(figure, lines, "outside lower center", columns=min(len(lines), 6))
     return figure
 
 
