@@ -16,6 +16,7 @@ from evodiff_jax.plotting._style import (
     draw_intervals,
     finish_panel,
     line_style,
+    log_axis,
     new_figure,
 )
 
@@ -46,8 +47,7 @@ def against_calls(values: Mapping[str, Mapping[int, Any]], *, metric: str, title
         interval whose low end is above its high one.
     """
     lines = _checked(values)
-    if not check_title(title) and not isinstance(metric, str):
-        raise TypeError(f"metric must be text, got {metric!r}")
+    check_title(title)
     if not isinstance(metric, str) or not metric:
         raise TypeError(f"metric must be text that names the values and their unit, got {metric!r}")
     known = np.concatenate([points[:, 1] for points in lines.values()])
@@ -65,7 +65,7 @@ def against_calls(values: Mapping[str, Mapping[int, Any]], *, metric: str, title
         if len(given):
             draw_intervals(panel, given[:, 0], given[:, 2], given[:, 3], style["color"])
     if (known > 0).all():
-        panel.set_yscale("log")
+        log_axis(panel, known)
     calls_axis(panel, [int(count) for points in lines.values() for count in points[:, 0]])
     panel.set_xlabel("model calls a sample", fontsize=LABEL)
     panel.set_ylabel(metric, fontsize=LABEL)

@@ -1,5 +1,6 @@
 """The states and data predictions of a run, side by side."""
 
+import itertools
 from typing import TYPE_CHECKING
 
 import jax
@@ -8,14 +9,15 @@ import numpy as np
 from evodiff_jax.diagnostics import Run, Trajectory
 from evodiff_jax.numerics import concrete_array, is_integer
 from evodiff_jax.plotting._sheet import check_array, draw_sheet, to_pixels
-from evodiff_jax.plotting._style import COLOURS, LABEL, SMALL, TITLE, check_title, finish_panel, new_figure
+from evodiff_jax.plotting._style import BLUE, SMALL, TITLE, VERMILION, check_title, finish_panel, new_figure
 from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 16  # of images
-_PANELS = 8  # of points
+_PANELS = 12  # of points
+_PANEL = 1.15  # inches
 _HEAD = "sigma / alpha"
 
 
@@ -25,7 +27,7 @@ def film(run: Run | Trajectory, schedule: NoiseSchedule, *, samples: int = 4, ti
     Images have two strips a sample: the states x_t, divided by sqrt(alpha^2 + sigma^2), and below them the data
     predictions made there, of which the last state has none. States of two coordinates are points, all samples in each
     panel, on the same axes. Columns are headed by sigma / alpha; where a run has many times, 16 of them evenly spaced
-    are shown, 8 of points, with the first and the last. Values outside of -1 .. 1 are clipped, and pixels that are not
+    are shown, 12 of points, with the first and the last. Values outside of -1 .. 1 are clipped, and pixels that are not
     finite are a chequered pattern of magenta and black.
 
     Args:
@@ -96,28 +98,37 @@ def _strips(states: np.ndarray, outputs: np.ndarray, heads: list[str], title: st
 
 
 def _points(states: np.ndarray, outputs: np.ndarray, heads: list[str], title: str) -> "Figure":
-    columns = len(states)
-    figure = new_figure(1.6 * columns + 0.8, 3.9)
-    panels = figure.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
+    from matplotlib.ticker import MaxNLocator
+
+    left, right, bottom, top = 0.85, 0.1, 0.5, 0.3 + 0.3 * bool(title)  # inches
+    width = left + right + _PANEL * (1.1 * len(states) - 0.1)
+    height = bottom + top + _PANEL * 2.1
+    figure = new_figure(width, height, layout=None)  # constrained layout takes seconds for many panels
+    panels = figure.subplots(2, len(states), squeeze=False, sharex=True, sharey=True)
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, 0.1, 0.1)
     known = [part[np.isfinite(part).all(-1)] for part in (states, outputs)]
-    reach = 1.05 * max((float(np.abs(part).max()) for part in known if part.size), default=1.0)
-    for row, (drawn, colour) in enumerate(((states, COLOURS[2]), (outputs, COLOURS[4]))):
-        for column, panel in enumerate(panels[row]):
-            if column >= len(drawn):
+    reach = 1.05 * max(float(np.abs(part).max(initial=0)) for part in known) or 1.0
+    for drawn, row, colour, name in zip(
+        (states, outputs), panels, (BLUE, VERMILION), ("scaled state", "data prediction"), strict=True
+    ):
+        row[0].set_ylabel(f"{name},\ncoordinate 2", fontsize=SMALL)
+        for points, panel in itertools.zip_longest(drawn, row):
+            if points is None:  # the last state has no data prediction
                 panel.set_visible(False)
                 continue
-            points = drawn[column]
-            panel.scatter(points[:, 0], points[:, 1], s=6, color=colour, alpha=0.6, linewidths=0)
+            panel.scatter(points[:, 0], points[:, 1], s=5, color=colour, alpha=0.6, linewidths=0)
             lost = int((~np.isfinite(points).all(1)).sum())
             if lost:
-                panel.text(0.5, 0.5, f"{lost} not finite", transform=panel.transAxes, ha="center", fontsize=SMALL)
-            panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+                panel.text(0.5, 0.05, f"{lost} not finite", transform=panel.transAxes, ha="center", fontsize=SMALL)
+            panel.set_box_aspect(1)
             finish_panel(panel, small=True)
+    panels[1, 0].set_xlabel("coordinate 1", fontsize=SMALL)
+    panels[0, 0].set(xlim=(-reach, reach), ylim=(-reach, reach))
     for panel, head in zip(panels[0], heads, strict=True):
-        panel.set_title(head, fontsize=LABEL)
-    panels[0, 0].set_title(f"{_HEAD} = {heads[0]}", fontsize=LABEL)
-    panels[0, 0].set_ylabel("state,\nscaled to unit size", fontsize=LABEL)
-    panels[1, 0].set_ylabel("data prediction", fontsize=LABEL)
+        panel.set_title(head, fontsize=SMALL)
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+        panel.yaxis.set_major_locator(MaxNLocator(3))
+    panels[0, 0].set_title(f"{_HEAD} = {heads[0]}", fontsize=SMALL)
     if title:
-        figure.suptitle(title, fontsize=TITLE)
+        figure.suptitle(title, fontsize=TITLE, y=1 - 0.08 / height, va="top")
     return figure

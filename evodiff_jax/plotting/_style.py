@@ -14,8 +14,17 @@ DPI = 100
 TITLE, LABEL, SMALL = 11, 9, 8
 """Sizes of text in points."""
 
-# Of Okabe and Ito, told apart by the colour-blind; without yellow, too light on white. Dark and light ones take turns.
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73")
+# Of Okabe and Ito, told apart by the colour-blind; without yellow, too light on white. Neighbours differ in lightness.
+BLACK, VERMILION, SKY, GREEN, ORANGE, BLUE, PURPLE = (
+    "#000000",
+    "#D55E00",
+    "#56B4E9",
+    "#009E73",
+    "#E69F00",
+    "#0072B2",
+    "#CC79A7",
+)
+COLOURS = (BLACK, VERMILION, SKY, GREEN, ORANGE, BLUE, PURPLE)
 MARKERS = "os^vDP*<>"
 DASHES = ("-", "--", ":", "-.")
 
@@ -33,7 +42,7 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
 
     from evodiff_jax.plotting._shown import ShownFigure
 
-    figure = ShownFigure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
+    figure = ShownFigure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -78,6 +87,17 @@ def calls_axis(panel: Any, calls: Sequence[int]) -> None:
     panel.set_xticks(counts, labels)
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def log_axis(panel: Any, values: Any) -> None:
+    """A logarithmic y axis whose ticks have labels 1, 2, 5 and so on, or powers of ten alone over many decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = np.log10(np.max(values) / np.min(values))
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(figure: "Figure", lines: Mapping[str, Any], loc: str, columns: int = 1) -> None:
