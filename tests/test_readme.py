@@ -17,7 +17,7 @@ PAGES = [
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/recipes.md", "docs/solvers.md"),
     *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/pipelines.md", "docs/fid.md", "docs/fitting.md"),
     *("docs/generation.md", "benchmarks/RESULTS.md"),
-    "docs/diagnostics.md",
+    *("docs/diagnostics.md", "docs/paper.md", "docs/faq.md", "benchmarks/CLAIMS.md"),
 ]
 LINKS = [
     (page, link)
