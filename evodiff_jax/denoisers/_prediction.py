@@ -26,13 +26,16 @@ _TO_DATA: dict[str, Callable[[Any, Any, _Levels], Any]] = {
     "score": lambda x, output, at: (x + at.sigma**2 * output) / at.alpha,
 }
 PREDICTIONS = (*_TO_DATA, "edm")
+"""What a network may predict, see `from_prediction`."""
 TIMES = ("t", "sigma", "log_sigma", "c_noise", "index")
+"""What a network may take for its time, see `from_prediction`."""
 
 _SCALAR_TIME = (
     "The network was called with one time for the whole batch, a scalar. If it takes one for each sample, (B,), give "
     "from_prediction per_sample_time=True."
 )
 NEED_SIGNAL = ("epsilon", "score", "edm")
+"""The predictions that say nothing about the data where alpha is 0."""
 
 
 @checked_arguments

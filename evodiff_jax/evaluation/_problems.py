@@ -23,8 +23,8 @@ _EXACT_DRAWS = 10_000
 _IN_FEATURES = 200  # images at a time
 _BLOCKS = 8  # along a side
 
-# The exact models that `mixture` makes.
 MIXTURES = ("mixture-2d", "mixture-64d")
+"""The exact models that `mixture` makes."""
 
 
 def mixture(name: str, samples: int, folder: Path, seed: int = 0, batch: int = 250) -> Problem:

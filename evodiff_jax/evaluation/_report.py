@@ -14,6 +14,7 @@ from evodiff_jax.evaluation.metrics import Estimate
 from evodiff_jax.files import write_atomically
 
 SUBJECT = "variance_optimal"
+"""The solver that reports compare with the best of the others."""
 FIGURES = {
     "frechet": "Frechet distance",
     "kernel": "Kernel distance",

@@ -17,10 +17,11 @@ from evodiff_jax.tables import Plan, Solver
 
 _CONVERGED_STEPS = 200
 
-FITTED = "fitted"  # in the place of a grid's name, for plans that are fitted to a model
+FITTED = "fitted"
+"""In the place of a grid's name, for plans that are fitted to a model."""
 
-# Every deterministic solver in the forms that people use.
 DETERMINISTIC: dict[str, Callable[[], Solver]] = {n: form.make for n, form in FORMS.items() if not form.stochastic}
+"""Every deterministic solver in the forms that people use."""
 
 
 class Problem(NamedTuple):

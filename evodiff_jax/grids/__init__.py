@@ -23,8 +23,8 @@ from evodiff_jax.grids._continuous import (
 from evodiff_jax.grids._timesteps import leading, trailing
 
 Grid = Callable[..., np.ndarray]
+"""grid(schedule, steps, ...) -> the N + 1 decreasing times, float64."""
 
-# Every grid for any schedule by name: what the command line offers and the general tests run over.
 GRIDS: dict[str, Grid] = {
     "log_snr": log_snr,
     "karras": karras,
@@ -35,6 +35,7 @@ GRIDS: dict[str, Grid] = {
     "beta": beta,
     "sgm_uniform": sgm_uniform,
 }
+"""Every grid for any schedule by name: what the command line offers and the general tests run over."""
 
 __all__ = [
     "GRIDS",

@@ -20,6 +20,7 @@ from evodiff_jax.numerics import at_least_float32, concrete_array, is_integer, n
 from evodiff_jax.types import State, batch_size, check_keys, check_state, normal_like, per_sample, widest
 
 ScheduleFn = Callable[[Any], Any]
+"""A function of times, of any shape, that NumPy and jax.numpy arrays may be given to."""
 
 _BISECTIONS = 64  # halves [t_min, t_max] down to float64 round-off
 

@@ -64,3 +64,4 @@ FORMS: dict[str, Form] = {
     "sde_dpm_solver_pp-2": Form(_ordered(sde_dpm_solver_pp, 2), None, stochastic=True),
     "sa_solver": Form(sa_solver, None, stochastic=True, corrects=True),
 }
+"""The forms of solvers that people use, by name: what the command line offers and the general tests run over."""
