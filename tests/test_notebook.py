@@ -50,13 +50,70 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\d*\.?\d+(?:e[-+]?\d+)?(?!\w)")
 
 
 def check_quickstart(shown: Shown) -> None:
-    distances = [numbers[-1] for numbers in shown.numbers("NFE")]
-    assert len(distances) == 3
+    assert len(shown.pictures) == 5
+    before, after = shown.printed.split("the reference took 80 calls")
+    assert before.count("compiling") == 2  # variance_optimal, whatever the number of steps, and heun
+    assert after.count("compiling") == 5  # four other solvers and the fitted plan
+    assert [calls for calls, _ in shown.numbers("NFE")] == [5, 10, 20]
+    distances = [distance for _, distance in shown.numbers("NFE")]
     assert distances == sorted(distances, reverse=True)
+    assert distances[0] < 0.2
+    for name in ("ddim", "dpm_solver_pp(2)", "unipc(2)", "evodiff", "variance_optimal"):
+        (numbers,) = shown.numbers(name)
+        assert numbers[::2] == [5, 6, 8, 10, 14, 20]
+        assert numbers[-1] < 0.5 * numbers[1]
+    (free,), (fitted,) = shown.numbers("5 calls, variance_optimal"), shown.numbers("5 calls, fitted plan")
+    assert fitted[0] < 0.6 * free[0]
+
+
+def check_editing(shown: Shown) -> None:
+    assert len(shown.pictures) == 8
+    by_strength = shown.numbers("strength")
+    assert [calls for _, calls, _, _ in by_strength] == [18, 22, 26, 30, 40]
+    changes = [change for *_, change in by_strength]
+    assert changes == sorted(changes)
+    kept = shown.numbers("20 calls") + shown.numbers("100 calls, new noise")
+    assert kept == [[0.0]] * 4
+    (rough, _), (fine, size) = shown.numbers("10 steps")[0], shown.numbers("40 steps")[0]
+    assert fine < 0.1 * rough
+    assert size == pytest.approx(1, abs=0.03)
+    ((arc, line),) = shown.numbers("size halfway")
+    assert arc == pytest.approx(1, abs=0.05)
+    assert line == pytest.approx(0.5**0.5, abs=0.05)
+
+
+def check_fitted_plan(shown: Shown) -> None:
+    assert len(shown.pictures) == 4
+    ((before, after),) = shown.numbers("median distance")
+    assert after < 0.3 * before
+    assert "the same samples: True" in shown.printed
+    (refusal,) = shown.lines("refused")
+    assert "fitted to another model" in refusal
+    # Lines "NAME CALLS calls: median distance MEDIAN (LOW .. HIGH)": 4 calls of the mixture, 4 to 6 of the network.
+    fitted = shown.numbers("fitted ")
+    assert [calls for calls, *_ in fitted] == [4, 4, 5, 6]
+    for name in ("dpm_solver_pp(2)", "unipc(2)", "ipndm(3)", "variance_optimal"):
+        for (_, _, _, high), (_, _, low, _) in zip(fitted, shown.numbers(name), strict=True):
+            assert high < low
+
+
+def check_public_checkpoint(shown: Shown) -> None:
+    assert len(shown.pictures) == 3
+    assert "uses a stand-in with random weights" in shown.printed
+    assert shown.lines("refused") == ["refused:  nothing"]
+    assert shown.lines("problem") == ["problem:  none"]
+    for name in ("dpm_solver_pp(2)", "unipc(2)", "evodiff", "variance_optimal"):
+        ((five, first, ten, second, twenty, third),) = shown.numbers(name)
+        assert (five, ten, twenty) == (5, 10, 20)
+        assert first > second > third
+    assert shown.lines("50,000 images in 10 calls")
 
 
 CHECKS: dict[str, Callable[[Shown], None]] = {
     "quickstart": check_quickstart,
+    "editing": check_editing,
+    "fitted_plan": check_fitted_plan,
+    "public_checkpoint": check_public_checkpoint,
 }
 """For each notebook, by its name, what is asserted of a run."""
 
