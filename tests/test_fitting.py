@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -460,10 +458,3 @@ def test_samples_of_the_teacher_that_are_not_finite_are_counted():
     broken = lambda x, t: jnp.where(jnp.abs(x[:, :1] - NOISE[3, 0]) < 1e-6, jnp.nan, DENOISE(x, t))
     with pytest.raises(ValueError, match=r"1 of the teacher's 384 samples are not finite, those of x_T\[3\]"):
         fit(denoise=broken)
-
-
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "fitting.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(compile(block, "docs/fitting.md", "exec"), {})

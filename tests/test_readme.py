@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_architecture import LAYERS
+from test_pages import FIGURES, PAGES
 
 import evodiff_jax as ed
 
@@ -13,18 +14,6 @@ pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/recipes.md", "docs/solvers.md"),
-    *("docs/variance_optimal.md", "docs/checkpoints.md", "docs/pipelines.md", "docs/fid.md", "docs/fitting.md"),
-    *("docs/generation.md", "benchmarks/RESULTS.md"),
-    *("docs/diagnostics.md", "docs/paper.md", "docs/faq.md", "benchmarks/CLAIMS.md"),
-]
-LINKS = [
-    (page, link)
-    for page in PAGES
-    for link in re.findall(r"\]\(([^)]*)\)", (ROOT / page).read_text())
-    if not link.startswith("https://")
-]
 SOLVERS = (ROOT / "docs" / "solvers.md").read_text()
 FORM_ROWS = [
     [cell.strip() for cell in row.strip("|").split("|")]
@@ -68,12 +57,7 @@ def test_the_readme_is_short_and_its_commands_stand_on_lines_of_their_own():
         assert f"    pip install uv && uv run {command}" in lines
 
 
-@pytest.mark.parametrize(("page", "link"), LINKS)
-def test_local_links_exist(page, link):
-    assert ((ROOT / page).parent / link.split("#")[0]).exists()
-
-
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *FIGURES])
 def test_every_name_of_the_library_in_a_document_exists(page):
     text = (ROOT / page).read_text()
     if page == "CHANGELOG.md":

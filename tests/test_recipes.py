@@ -1,4 +1,4 @@
-"""Every line and block of code of docs/recipes.md and CONTRIBUTING.md runs, and does what it says.
+"""Every line and block of code of docs/recipes.md runs, and does what it says.
 
 `test_recipes_live.py` has the blocks that need other libraries.
 """
@@ -505,19 +505,3 @@ def test_the_recipe_for_many_devices_on_four():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment
     )
     assert result.stdout == "checked\n", result.stderr[-3000:]
-
-
-# ---- the page on extensions, whose blocks hold their own checks
-
-
-def test_the_blocks_of_contributing():
-    found = {}
-    for heading, code in blocks((ROOT / "CONTRIBUTING.md").read_text()):
-        exec(compile(code, heading, "exec"), found)
-    assert "row 0 takes a model that predicts the constant 1" in found["message"]
-    damping = np.asarray(found["trace"].rule["damping"])
-    assert damping.min() < 0.9
-    assert damping[2:].max() == 1  # the rule damps some samples and not others
-    assert np.abs(found["by_table"]).max() < 2
-    nearest = np.abs(np.asarray(found["x"])[:, None] - np.array([[-1.0, 0.0], [1.0, 0.5]])).max(-1).min(-1)
-    assert np.mean(nearest < 0.8) > 0.95  # samples of the mixture
