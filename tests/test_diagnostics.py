@@ -16,6 +16,7 @@ import evodiff_jax as ed
 from evodiff_jax import diagnostics, plotting
 from evodiff_jax.cli import main
 from evodiff_jax.denoisers import gaussian_mixture
+from evodiff_jax.diagnostics._geometry import calls_of_steps
 
 KEY = jax.random.key(0)
 EDM, VP = SCHEDULES["edm"], SCHEDULES["vp_linear"]
@@ -379,6 +380,17 @@ def test_times_that_follow_the_density_lower_the_error_of_ddim():
     assert followed < 0.85 * even
 
 
+def test_where_half_of_the_calls_belong_and_the_share_of_every_step():
+    nodes = np.linspace(-4, 6, 400)
+    bell = np.exp(-np.square(nodes - 1) / 2) / np.sqrt(2 * np.pi)
+    density = diagnostics.Density(jnp.asarray(nodes, jnp.float32), jnp.asarray(bell, jnp.float32))
+    np.testing.assert_allclose(diagnostics.densest_half(density), [1 - 0.6745, 1 + 0.6745], atol=0.01)
+    shares = calls_of_steps(density, np.array([-np.inf, 0, 1, 2, np.inf]))
+    np.testing.assert_allclose(shares, [0.1587, 0.3413, 0.3413, 0.1587], atol=1e-3)
+    with pytest.raises(ValueError, match="must be finite and positive somewhere"):
+        diagnostics.densest_half(diagnostics.Density(density.lambda_, 0 * density.density))
+
+
 # ---- what is refused, and where numbers cease to be finite
 
 
@@ -478,6 +490,14 @@ def test_a_diagnosis_of_normal_data():
     np.testing.assert_allclose(ddim["update_variance"], gain[:, None] * ddim["posterior_variance"], rtol=1e-4)
     np.testing.assert_array_equal(np.isnan(evodiff["zeta"]).all(1), [True, True, False, False])
     assert ((evodiff["zeta"][2:] > 0) & (evodiff["zeta"][2:] < 1)).all()
+    # m of a coordinate is c s^2 (s^2 + kappa^2)^(-1/2), where c is set by its noise.
+    assert set(found["ddim"].density) == {1, 2}
+    density = found["ddim"].density[1]
+    kappa2 = np.exp(-2 * np.asarray(density.lambda_)[:, None])
+    c2 = np.mean(np.square(initial_state(EDM, (5, 5))), 0) / (SCALES**2 + times[0] ** 2)
+    exact = np.mean(c2 * (SCALES**2 * kappa2) ** 2 * (SCALES**2 + kappa2) ** -3.0, 1) ** 0.25
+    exact /= np.trapezoid(exact, density.lambda_)
+    np.testing.assert_allclose(density.density, exact, rtol=0.05)
 
 
 @pytest.mark.slow
@@ -488,6 +508,19 @@ def test_a_diagnosis_in_batches_with_weights_and_conditions_is_the_same():
     for name in ("state_error", "transition_error", "zeta", "reconstruction_error", "curvature", "entropy"):
         a, b = (found["evodiff"].values[name] for found in (whole, parts))
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+    for order in (1, 2):
+        a, b = (found["evodiff"].density[order] for found in (whole, parts))
+        np.testing.assert_allclose(b.density, a.density, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_straight_trajectory_has_no_density_of_calls():
+    point = lambda x, t: jnp.zeros_like(x) + 0.3
+    found = diagnosed(names=["ddim"], denoise=point)
+    assert found["ddim"].density == {}
+    assert "calls_of_order" not in diagnostics.csv_of(found)
+    assert "Where calls help" not in diagnostics.markdown_of(found)
+    assert len(plotting.diagnoses(found).legends[0].get_texts()) == 1
 
 
 @pytest.mark.slow
@@ -499,11 +532,19 @@ def test_tables_and_figure_of_a_diagnosis():
     assert float(rows[7]["state_error"]) == pytest.approx(value.mean(), rel=1e-4)
     assert float(rows[7]["state_error_interval"]) == pytest.approx(1.96 * value.std(ddof=1) / np.sqrt(5), rel=1e-3)
     assert rows[0]["zeta"] == ""
+    shares = [float(row["calls_of_order_2"]) for row in rows]
+    assert shares[:4] == shares[4:]
+    assert sum(shares[:4]) == pytest.approx(1, abs=1e-5)
     text = diagnostics.markdown_of(found)
     assert "## evodiff" in text
-    assert text.count("\n| 4 |") == 2
+    assert text.count("\n| 4 |") == 3
+    assert f"| 1 | 80 | -8.76 | {float(rows[0]['calls_of_order_1']):.1%} | {shares[0]:.1%} |" in text
     figure = plotting.diagnoses(found, "title")
-    assert [panel.get_title() for panel in figure.axes if panel.get_visible()][-2:] == ["zeta", "eta"]
+    assert [panel.get_title() for panel in figure.axes if panel.get_visible()][-3:] == [
+        "zeta",
+        "eta",
+        "where calls help",
+    ]
     file = io.BytesIO()
     figure.savefig(file, format="png")
     assert file.getvalue()[:4] == b"\x89PNG"
@@ -521,8 +562,8 @@ def test_a_diagnosis_refuses_what_has_no_trajectory():
 @pytest.mark.slow
 def test_a_diagnosis_says_of_which_run_numbers_are_not_finite():
     times = ed.grids.log_snr(EDM, 4)
-    broken = lambda x, t: jnp.where(t < times[2], jnp.nan, normal(EDM)(x, t))
-    with pytest.raises(ValueError, match=r"the converged trajectory: the data prediction is not finite from t = "):
+    broken = lambda x, t: jnp.where(t < 1.001 * times[2], jnp.nan, normal(EDM)(x, t))
+    with pytest.raises(ValueError, match=r"the converged trajectory: the data prediction is not finite from t = 0.4 "):
         diagnosed(denoise=broken)
 
 
@@ -552,7 +593,19 @@ def test_the_command_writes_tables_and_a_figure(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ["diagnose", "--steps", "4", "--samples", "6", "--probes", "2", "--substeps", "4", "--out", "out"]
     assert main([*run, "--exact", "mixture-2d", "--solvers", "evodiff", "heun"]) == 0
-    assert "mean entropy falls in 3 of 3 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean entropy falls in 3 of 3 steps" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("calls")]
+    number = r"([\d.]+)"
+    found = re.fullmatch(
+        rf"calls    (Half of the calls belong between sigma/alpha {number} and {number} \(order 1\), "
+        rf"{number} and {number} \(order 2\)\.)",
+        line,
+    )
+    sentence, *ends = found.groups()
+    for high, low in (ends[:2], ends[2:]):
+        assert 80 > float(high) > float(low) > 0.002
+    assert sentence in (tmp_path / "out" / "diagnosis.md").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"diagnosis.{e}" for e in ("csv", "md", "png")
     ]

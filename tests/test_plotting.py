@@ -18,7 +18,7 @@ from test_notebook import kernel  # noqa: F401
 
 import evodiff_jax as ed
 from evodiff_jax import plotting
-from evodiff_jax.diagnostics import Diagnosis, Run, Trajectory
+from evodiff_jax.diagnostics import Density, Diagnosis, Run, Trajectory
 from evodiff_jax.plotting import _style
 
 EDM = ed.schedules.edm()
@@ -252,14 +252,15 @@ def test_eighteen_solvers_can_be_told_apart_in_grey():
 def made_diagnosis(**changed):
     times = np.array([80.0, 10.0, 1.0, 0.1])
     values = {name: np.full((3, 4), 0.5) + np.arange(4) / 10 for name in ed.diagnostics.QUANTITIES}
-    return Diagnosis(times, -np.log(times), values | {"zeta": np.full((3, 4), np.nan)} | changed)
+    density = {order: Density(jnp.linspace(-4, 2, 7), jnp.full(7, 1 / 6)) for order in (1, 2)}
+    return Diagnosis(times, -np.log(times), values | {"zeta": np.full((3, 4), np.nan)} | changed, density)
 
 
 def test_diagnoses_have_a_panel_for_every_quantity_that_is_known():
     found = {"ddim": made_diagnosis(), "evodiff": made_diagnosis(zeta=np.full((3, 4), 0.3))}
     figure = plotting.diagnoses(found, "title")
     panels = {panel.get_title(): panel for panel in figure.axes if panel.get_visible()}
-    assert len(panels) == len(ed.diagnostics.QUANTITIES) + 1
+    assert len(panels) == len(ed.diagnostics.QUANTITIES) + 2
     np.testing.assert_allclose(panels["zeta"].lines[0].get_ydata(), 0.3)
     np.testing.assert_allclose(panels["zeta"].lines[0].get_xdata(), -2 * np.log([80, 10, 1]))
     after = panels["error of the state after the step"]
@@ -270,7 +271,13 @@ def test_diagnoses_have_a_panel_for_every_quantity_that_is_known():
     for panel in panels.values():
         assert panel.get_xlabel().startswith("log-SNR")
         assert panel.get_ylabel() or panel.get_title() == "zeta"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddim", "evodiff"]
+    density = panels["where calls help"].lines
+    for line in density:
+        np.testing.assert_allclose(line.get_xdata(), np.linspace(-8, 4, 7), atol=1e-6)  # log-SNR, 2 lambda
+        np.testing.assert_allclose(line.get_ydata(), 1 / 12, rtol=1e-6)
+    assert [line.get_linestyle() for line in density] == ["-", "--"]
+    orders = [f"calls, method of order {order}" for order in (1, 2)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ddim", "evodiff", *orders]
 
 
 def test_the_legend_of_diagnoses_is_below_their_panels():
@@ -279,7 +286,7 @@ def test_the_legend_of_diagnoses_is_below_their_panels():
     figure = plotting.diagnoses({"ddim": few, "evodiff": few})
     rendered(figure)
     bottom = min(panel.get_window_extent().y0 for panel in figure.axes if panel.get_visible())
-    assert 0 <= figure.legends[0].get_window_extent().y0
+    assert figure.legends[0].get_window_extent().y0 >= 0
     assert figure.legends[0].get_window_extent().y1 <= bottom
 
 
@@ -328,7 +335,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(monkeypatch):
         (TypeError, "from diagnose", lambda: p.diagnoses([made_diagnosis()])),
         (TypeError, "from diagnose", lambda: p.diagnoses({"a": 3})),
         (ValueError, "a diagnosis at least", lambda: p.diagnoses({})),
-        (ValueError, "no quantity", lambda: p.diagnoses({"a": made_diagnosis()._replace(values={})})),
+        (ValueError, "no quantity", lambda: p.diagnoses({"a": made_diagnosis()._replace(values={}, density={})})),
     ):
         with pytest.raises(error, match=match):
             call()

@@ -1,9 +1,9 @@
-"""`evodiff-jax diagnose`: entropy, posterior variance, zeta, eta and errors of solvers, step by step."""
+"""`evodiff-jax diagnose`: entropy, posterior variance, zeta, eta and errors of solvers, and where calls help."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from evodiff_jax.cli.arguments import integer
 from evodiff_jax.cli.models import add_model_arguments, class_number, load_guided
 from evodiff_jax.cli.output import check_folder, write_all
 from evodiff_jax.denoisers import gaussian_mixture
+from evodiff_jax.diagnostics import Density, densest_half
 from evodiff_jax.extras import require
 from evodiff_jax.grids import GRIDS
 from evodiff_jax.schedules import edm
@@ -97,7 +98,8 @@ def run_diagnose(args: argparse.Namespace) -> None:
         "Means over samples +- 1.96 standard errors. Steps are given by the time at which they start; the state's "
         "error is that after the step. See docs/diagnostics.md for every formula."
     )
-    described = f"# Solvers on {name}, step by step\n\n{facts}\n\n"
+    best = _where_calls_help(next(iter(found.values())).density)
+    described = f"# Solvers on {name}, step by step\n\n{facts} {best}\n\n"
     figure = plotting.diagnoses(found, f"{name}, {args.steps} steps on the {args.grid} grid")
     paths = [args.out / f"{_NAME}.{ending}" for ending in ("md", "csv", "png")]
     texts = described + diagnostics.markdown_of(found), diagnostics.csv_of(found)
@@ -116,7 +118,19 @@ def run_diagnose(args: argparse.Namespace) -> None:
             f"{solver:17s}final error {values['state_error'][-1].mean():.4g}, mean entropy falls in "
             f"{int((entropies < 0).sum())} of {len(entropies)} steps"
         )
+    print(f"calls    {best}")
     print(f"output   {', '.join(map(str, paths))}")
+
+
+def _where_calls_help(density: Mapping[int, Density]) -> str:
+    """Where half of the calls of methods of each order should be, in a sentence."""
+    ranges = []
+    for order, found in density.items():
+        ends = np.exp(-np.array(densest_half(found)))  # sigma / alpha
+        ranges.append(f"{ends[0]:.2g} and {ends[1]:.2g} (order {order})")
+    if not ranges:
+        return "Where calls help is not known: the trajectory has too few times, or is a straight line."
+    return f"Half of the calls belong between sigma/alpha {', '.join(ranges)}."
 
 
 def _exact(args: argparse.Namespace) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ the curvature and the density of calls are of these two. `diagnose` is all of it
 from evodiff_jax.diagnostics._diagnose import QUANTITIES, Diagnosis, diagnose
 from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
 from evodiff_jax.diagnostics._finite import check_finite
-from evodiff_jax.diagnostics._geometry import Density, call_density, curvature, times_by_density
+from evodiff_jax.diagnostics._geometry import Density, call_density, curvature, densest_half, times_by_density
 from evodiff_jax.diagnostics._posterior import Estimated, posterior_covariance, posterior_variance
 from evodiff_jax.diagnostics._runs import Run, Trajectory, converge, follow
 from evodiff_jax.diagnostics._tables import csv_of, markdown_of
@@ -32,6 +32,7 @@ __all__ = [
     "converge",
     "csv_of",
     "curvature",
+    "densest_half",
     "diagnose",
     "follow",
     "markdown_of",

@@ -9,9 +9,9 @@ import numpy as np
 
 from evodiff_jax.diagnostics._errors import reconstruction_errors, state_errors, transition_errors, update_variance
 from evodiff_jax.diagnostics._finite import check_flags, finite_flags
-from evodiff_jax.diagnostics._geometry import curvature
+from evodiff_jax.diagnostics._geometry import Density, curvature, density_of, squared_derivatives
 from evodiff_jax.diagnostics._posterior import posterior_variance
-from evodiff_jax.diagnostics._runs import Run, Trajectory, converge, follow
+from evodiff_jax.diagnostics._runs import Run, Trajectory, converge, follow, refined
 from evodiff_jax.diagnostics._states import check_count
 from evodiff_jax.diagnostics._transitions import transition_entropy, transition_information, transition_variance
 from evodiff_jax.sampling import check_times, plan
@@ -19,7 +19,6 @@ from evodiff_jax.schedules import NoiseSchedule, expect_schedule, made_of
 from evodiff_jax.tables import Plan, Solver
 from evodiff_jax.types import Denoiser, State, batch_size, check_function, check_keys, check_state, fold_in
 
-# What a diagnosis holds of every step, in words; a solver's rule adds what it tells, such as zeta and eta.
 QUANTITIES = {
     "posterior_variance": "variance of the data given the state",
     "transition_variance": "variance of the reverse transition",
@@ -31,6 +30,9 @@ QUANTITIES = {
     "reconstruction_error": "error of the data prediction",
     "curvature": "curvature of the converged trajectory",
 }
+"""What a diagnosis holds of every step, in words; a solver's rule adds what it tells, such as zeta and eta."""
+_ORDERS = (1, 2)
+_NODES = 30  # times of the converged trajectory, at least, that the density of calls is made of
 
 
 class Diagnosis(NamedTuple):
@@ -41,11 +43,14 @@ class Diagnosis(NamedTuple):
       lambda_: (N + 1,), half the log-SNR there.
       values: by name, (N, B) of every step and sample: those of QUANTITIES, at the start of the step except
         `state_error`, and what the solver's rule told. NaN where there is no such number.
+      density: where calls help, as `call_density` has it, for methods of order 1 and 2; of the model, the same for all
+        solvers. An order is left out where the trajectory has too few times, or the data prediction does not change.
     """
 
     times: np.ndarray
     lambda_: np.ndarray
     values: dict[str, np.ndarray]
+    density: dict[int, Density]
 
 
 def diagnose(
@@ -81,7 +86,8 @@ def diagnose(
       x_0: the data, like x_T, where they are known; else reconstruction is judged by the converged sample.
       probes: as for `posterior_variance`.
       substeps: as for `converge`.
-      batch: samples at a time, by default all; memory grows with it, as 3 N states and one JVP.
+      batch: samples at a time, by default all; memory grows with it, as 3 N states, the states and data predictions
+        at 30 times or more of the converged trajectory, and one JVP.
 
     Returns:
       A diagnosis for each solver. `transition_error` and `update_variance` are NaN for solvers of several calls a step.
@@ -108,10 +114,17 @@ def diagnose(
         before, after = (() if extra is None else (extra,) for extra in (params, condition))
         return made_of(lambda x, t: denoise(*before, x, t, *after), denoise)
 
+    pieces = _pieces(len(times) - 1, check_count("substeps", substeps, 1))
+    fine = refined(schedule, times, pieces)
+    of_outputs = schedule.levels(fine[:-1]).lambda_
+    orders = [order for order in _ORDERS if np.isfinite(of_outputs).sum() >= order + 2]
+
     @jax.jit
-    def reference_of(params: Any, condition: Any, x: State) -> tuple[Trajectory, Any, jax.Array]:
-        found = converge(bind(params, condition), x, schedule, times, substeps=substeps)
-        return found, finite_flags(found), curvature(found, schedule)
+    def reference_of(params: Any, condition: Any, x: State) -> tuple[Trajectory, Any, jax.Array, dict[int, jax.Array]]:
+        whole = converge(bind(params, condition), x, schedule, fine, substeps=substeps // pieces)
+        found = jax.tree.map(lambda leaf: leaf[::pieces], whole)
+        squares = {order: squared_derivatives(of_outputs, whole.outputs, order) for order in orders}
+        return found, finite_flags(whole), curvature(found, schedule), squares
 
     def measure(name: str, rows: np.ndarray) -> Callable[..., Any]:
         return jax.jit(
@@ -122,20 +135,30 @@ def diagnose(
 
     measures = {name: measure(name, _rows_of_steps(laid_out, times)) for name, laid_out in plans.items()}
     parts: dict[str, list[Any]] = {name: [] for name in plans}
+    changes: list[dict[int, np.ndarray]] = []
     # The last batch is filled up with the first samples, so that all have one shape.
     batches = np.resize(np.arange(count), (-(-count // batch), min(batch, count)))
     for index, rows in enumerate(batches):
         x, of_batch, known = jax.tree.map(lambda leaf: leaf[rows], (x_T, condition, x_0))  # noqa: B023
-        reference, flags, curved = reference_of(params, of_batch, x)
-        _check("the converged trajectory", reference.times, flags, schedule)
+        reference, flags, curved, squares = reference_of(params, of_batch, x)
+        _check("the converged trajectory", fine, flags, schedule)
+        changes.append(jax.tree.map(np.asarray, squares))
         target = jax.tree.map(lambda leaf: leaf[-1], reference.states) if known is None else known
         for name, of_solver in measures.items():
             run_times, flags, values = of_solver(params, of_batch, x, target, fold_in(key, index), reference)
             _check(name, run_times, flags, schedule)
             parts[name].append({**jax.tree.map(np.asarray, values), "curvature": np.asarray(curved)})
     lambda_ = schedule.levels(times).lambda_
-    joined = lambda name: jax.tree.map(lambda *leaves: np.concatenate(leaves, 1)[:, :count], *parts[name])
-    return {name: Diagnosis(times, lambda_, joined(name)) for name in plans}
+    join = lambda of_batches: jax.tree.map(lambda *leaves: np.concatenate(leaves, 1)[:, :count], *of_batches)
+    density = {order: density_of(of_outputs, squares, order) for order, squares in join(changes).items()}
+    density = {order: found for order, found in density.items() if np.any(found.density)}
+    return {name: Diagnosis(times, lambda_, join(parts[name]), density) for name in plans}
+
+
+def _pieces(steps: int, substeps: int) -> int:
+    """Into how many each step is divided at least, so that the times are many; substeps is a multiple of it."""
+    divisors = [number for number in range(1, substeps + 1) if substeps % number == 0]
+    return next((number for number in divisors if number * steps >= _NODES), substeps)
 
 
 def _measured(

@@ -9,8 +9,9 @@ from jax.core import Tracer
 
 from evodiff_jax.diagnostics._runs import Trajectory
 from evodiff_jax.diagnostics._states import check_count, difference, mean_square, rms
-from evodiff_jax.numerics import concrete_array, on_host
+from evodiff_jax.numerics import at_least_float32, concrete_array, on_host
 from evodiff_jax.schedules import NoiseSchedule, expect_schedule
+from evodiff_jax.types import State
 
 
 class Density(NamedTuple):
@@ -96,19 +97,58 @@ def call_density(trajectory: Trajectory, schedule: NoiseSchedule, order: int = 2
     if isinstance(trajectory.times, Tracer):
         raise TypeError("call_density needs concrete times: call it outside jax.jit")
     lambda_ = schedule.levels(np.asarray(trajectory.times[:-1], np.float64)).lambda_
+    known = int(np.isfinite(lambda_).sum())
+    if known < order + 2:
+        raise ValueError(f"order {order} needs {order + 2} times of finite lambda, the trajectory has {known}")
+    return density_of(lambda_, squared_derivatives(lambda_, trajectory.outputs, order), order)
+
+
+def squared_derivatives(lambda_: np.ndarray, outputs: State, order: int) -> jax.Array:
+    """(M, B), the mean over coordinates of |d^p m / dlambda^p|^2 for p = order, where lambda is finite."""
     finite = np.isfinite(lambda_)
-    if finite.sum() < order + 2:
-        raise ValueError(f"order {order} needs {order + 2} times of finite lambda, the trajectory has {finite.sum()}")
-    nodes, values = lambda_[finite], jax.tree.map(lambda leaf: leaf[finite], trajectory.outputs)
+    nodes = lambda_[finite]
+    values = jax.tree.map(lambda leaf: leaf[finite].astype(at_least_float32(leaf.dtype)), outputs)
     for k in range(1, order + 1):
         # The divided differences of order k, times k! in all.
-        gaps = jnp.asarray((nodes[k:] - nodes[:-k]) / k, trajectory.times.dtype)
-        scaled = lambda leaf, gaps=gaps: jnp.diff(leaf, axis=0) / gaps.reshape(-1, *(1,) * (leaf.ndim - 1))
+        gaps = (nodes[k:] - nodes[:-k]) / k
+        scaled = lambda leaf, gaps=gaps: (
+            jnp.diff(leaf, axis=0) / jnp.asarray(gaps, leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+        )
         values = jax.tree.map(scaled, values)
-    middles = np.convolve(nodes, np.ones(order + 1) / (order + 1), "valid")
-    monitor = jnp.mean(jax.vmap(mean_square)(values), 1) ** (1 / (2 * (order + 1)))
+    return jax.vmap(mean_square)(values)
+
+
+def density_of(lambda_: np.ndarray, squares: Any, order: int) -> Density:
+    """The density of calls by the (M, B) that `squared_derivatives` returned for the same lambda and order."""
+    middles = np.convolve(lambda_[np.isfinite(lambda_)], np.ones(order + 1) / (order + 1), "valid")
+    monitor = jnp.mean(squares, 1) ** (1 / (2 * (order + 1)))
     middles = jnp.asarray(middles, monitor.dtype)
     return Density(middles, monitor / jnp.maximum(jnp.trapezoid(monitor, middles), jnp.finfo(monitor.dtype).tiny))
+
+
+def densest_half(density: Density) -> tuple[float, float]:
+    """The shortest range of lambda in which half of the calls should be.
+
+    Args:
+      density: from `call_density`.
+
+    Returns:
+      Its low and its high end, half the log-SNR.
+
+    Raises:
+      TypeError: when the density is traced.
+      ValueError: when it is not positive and finite.
+    """
+    fine, share = _shares(density)
+    starts = np.linspace(0, 0.5, 1001)
+    low, high = (np.interp(ends, share, fine) for ends in (starts, starts + 0.5))
+    shortest = np.argmin(high - low)
+    return float(low[shortest]), float(high[shortest])
+
+
+def calls_of_steps(density: Density, lambda_: np.ndarray) -> np.ndarray:
+    """(N,), the share of the calls that should be in each step between lambdas (N + 1,), which increase."""
+    return np.diff(np.interp(lambda_, *_shares(density)))
 
 
 def times_by_density(schedule: NoiseSchedule, density: Density, start: float, end: float, steps: int) -> np.ndarray:
@@ -132,17 +172,23 @@ def times_by_density(schedule: NoiseSchedule, density: Density, start: float, en
     """
     expect_schedule(schedule)
     steps = check_count("steps", steps, 1)
-    nodes, values = (concrete_array("density", part) for part in density)
     low, high = schedule.levels(np.array([start, end])).lambda_
     if not (np.isfinite([low, high]).all() and low < high):
         raise ValueError(f"start and end must be decreasing times of finite lambda, got {start:g} and {end:g}")
+    fine, share = _shares(density, (low, high))
+    inner = np.interp(np.linspace(0, 1, steps + 1)[1:-1], share, fine)
+    return np.concatenate([[start], on_host(schedule.time, inner), [end]])
+
+
+def _shares(density: Density, ends: tuple[float, float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Many lambdas from end to end, and the share of the calls below each, strictly increasing from 0 to 1."""
+    nodes, values = (concrete_array("density", part) for part in density)
     if not (np.isfinite(values).all() and (values > 0).any() and (values >= 0).all()):
         raise ValueError("a density must be finite and positive somewhere: look at the trajectory with check_finite")
-    fine = np.linspace(low, high, 2001)
+    fine = np.linspace(*((nodes[0], nodes[-1]) if ends is None else ends), 2001)
     at = np.maximum(np.interp(fine, nodes, values), 1e-6 * values.max())  # so that no step is infinitely long
     share = np.concatenate([[0], np.cumsum((at[1:] + at[:-1]) / 2)])
-    inner = np.interp(np.linspace(0, share[-1], steps + 1)[1:-1], share, fine)
-    return np.concatenate([[start], on_host(schedule.time, inner), [end]])
+    return fine, share / share[-1]
 
 
 def _check(trajectory: Any, schedule: Any) -> None:

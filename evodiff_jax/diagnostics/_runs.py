@@ -127,7 +127,7 @@ def converge(
     if isinstance(times, Tracer):
         raise TypeError("times must be concrete: make them outside jax.jit")
     checked = check_times(times, schedule)
-    fine = plan_from_times(schedule, _refined(schedule, checked, substeps), unipc(3) if solver is None else solver)
+    fine = plan_from_times(schedule, refined(schedule, checked, substeps), unipc(3) if solver is None else solver)
     steps = len(checked) - 1
     if fine.table.noise is not None or len(fine.table.time) != steps * substeps:
         raise ValueError("converge needs a deterministic solver of one model call a step")
@@ -216,8 +216,8 @@ def _and_last(states: State, x: State) -> State:
     return jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), states, x)
 
 
-def _refined(schedule: NoiseSchedule, times: np.ndarray, substeps: int) -> np.ndarray:
-    """The times with each step divided into `substeps`."""
+def refined(schedule: NoiseSchedule, times: np.ndarray, substeps: int) -> np.ndarray:
+    """The times with each step divided into `substeps`, equal in lambda."""
     lambda_ = schedule.levels(times).lambda_
     made = []
     for i in range(len(times) - 1):
