@@ -88,5 +88,5 @@ def _draw(
         drawn = picture(problem, results, store, grid, count) if name == problem.name else None
         if drawn is not None:
             path = assets / f"{name}_{grid}_{count}_calls.png"
-            write_atomically(path, lambda file, drawn=drawn: drawn.save(file, format="PNG", optimize=True))
+            write_atomically(path, lambda file, drawn=drawn: drawn.savefig(file, format="png"))
             yield path

@@ -7,23 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evodiff_jax import plotting
 from evodiff_jax.evaluation._report import FIGURES, SUBJECT, grids_of, ranking
 from evodiff_jax.evaluation._results import Result
 from evodiff_jax.evaluation._runs import FITTED, Problem, converged
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
-from evodiff_jax.generation import to_uint8
+from evodiff_jax.plotting._style import (
+    SMALL,
+    add_legend,
+    calls_axis,
+    draw_intervals,
+    finish_panel,
+    line_style,
+    new_figure,
+)
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from matplotlib.figure import Figure
 
-_NAMED = {SUBJECT: "tab:red", "evodiff": "tab:orange"}  # the rule of this project, and the paper's
-_PEERS = ("tab:blue", "tab:green", "tab:purple")
-_REST = "0.8"
+_NAMED = (SUBJECT, "evodiff")  # the rule of this project, and the paper's
+_PEERS = 3
+_OTHERS = {"color": "0.75", "linewidth": 0.8, "marker": ".", "markersize": 2}
+_PLANS = {"color": "black", "linestyle": "none", "marker": "x", "markersize": 6}
 _COLUMNS = 10
 _COLOURS = 256  # of a file
-_PADDING = 2
-_LABEL = 132  # pixels
 
 
 def check_plots() -> None:
@@ -39,20 +47,16 @@ def best_peers(results: Sequence[Result], count: int) -> list[str]:
 def plot(path: Path, results: Sequence[Result]) -> None:
     """Draws the results of one problem: a row of panels a grid, a column a figure, a line a solver.
 
-    `variance_optimal`, `evodiff` and the best of the others have colours and intervals; a panel shows what is below
-    three times their largest value. Fitted plans are black crosses on every grid.
+    `variance_optimal`, `evodiff` and the best of the others have colours, dashes, markers and intervals; a panel shows
+    what is below three times their largest value. Fitted plans are black crosses on every grid.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
-    colours = _NAMED | dict(zip(best_peers(results, len(_PEERS)), _PEERS, strict=False))
+    order = [*_NAMED, *best_peers(results, _PEERS)]
+    styles = {solver: line_style(index) for index, solver in enumerate(order)}
     grids = grids_of(results)
     names = dict.fromkeys(r.solver for r in results if r.grid != FITTED)
-    solvers = [s for s in names if s not in colours] + [s for s in reversed(colours) if s in names]
-    calls = sorted({r.calls for r in results})
-    drawn = Figure(figsize=(3.4 * len(FIGURES), 2.6 * len(grids) + 0.5), dpi=90, layout="constrained")
-    FigureCanvasAgg(drawn)
+    solvers = [s for s in names if s not in styles] + [s for s in reversed(order) if s in names]
+    calls = [r.calls for r in results]
+    drawn = new_figure(3.4 * len(FIGURES), 2.6 * len(grids) + 0.5)
     panels = drawn.subplots(len(grids), len(FIGURES), squeeze=False, sharex=True)
     lines: dict[str, Any] = {}
     for i, grid in enumerate(grids):
@@ -60,40 +64,27 @@ def plot(path: Path, results: Sequence[Result]) -> None:
             shown = []
             for solver in solvers:
                 runs = sorted((r for r in results if (r.grid, r.solver) == (grid, solver)), key=lambda r: r.calls)
-                estimates = np.array([getattr(r, figure) for r in runs if np.isfinite(getattr(r, figure)).all()])
-                if not len(estimates):
+                known = [(r.calls, *getattr(r, figure)) for r in runs if np.isfinite(getattr(r, figure)).all()]
+                if not known:
                     continue
-                x = [r.calls for r in runs if np.isfinite(getattr(r, figure)).all()]
-                highlighted = solver in colours
-                colour = colours.get(solver, _REST)
-                low, high = (estimates[:, :1] - estimates[:, 1:2]).T, (estimates[:, 2:] - estimates[:, :1]).T
-                line = panel.errorbar(
-                    x,
-                    estimates[:, 0],
-                    np.maximum(np.concatenate([low, high]), 0) if highlighted else None,
-                    fmt=".-",
-                    color=colour,
-                    linewidth=1.6 if highlighted else 0.8,
-                    elinewidth=0.8,
-                    markersize=5 if highlighted else 2,
-                )
-                lines[solver if highlighted else "others"] = line
-                shown += list(estimates[:, 0]) * highlighted
+                x, values, low, high = np.array(known).T
+                (line,) = panel.plot(x, values, **styles.get(solver, _OTHERS))
+                if solver in styles:
+                    draw_intervals(panel, x, low, high, styles[solver]["color"])
+                    shown += list(values)
+                lines[solver if solver in styles else "others"] = line
             plans = [(r.calls, getattr(r, figure).value) for r in results if r.grid == FITTED]
             plans = [(count, value) for count, value in plans if np.isfinite(value)]
             if plans:
-                lines[FITTED] = panel.plot(*zip(*plans, strict=True), "kx", markersize=5)[0]
+                (lines[FITTED],) = panel.plot(*zip(*plans, strict=True), **_PLANS)
                 shown += [value for _, value in plans]
             _scale(panel, figure, shown)
-            panel.set_xscale("log")
-            panel.set_xticks(calls, [str(count) for count in calls])
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.set_title(f"{title}, {grid}", fontsize=8)
-            panel.tick_params(which="both", labelsize=7)
-            panel.grid(alpha=0.3, linewidth=0.5)
-    order = [name for name in (*colours, "others", FITTED) if name in lines]
-    drawn.legend([lines[name] for name in order], order, loc="outside upper center", ncols=len(order), fontsize=8)
-    drawn.supxlabel("model calls a sample", fontsize=8)
+            calls_axis(panel, calls)
+            panel.set_title(f"{title}, {grid}", fontsize=SMALL)
+            finish_panel(panel, small=True)
+    order = [name for name in (*order, "others", FITTED) if name in lines]
+    add_legend(drawn, {name: lines[name] for name in order}, "outside upper center", columns=len(order))
+    drawn.supxlabel("model calls a sample", fontsize=SMALL)
     write_atomically(path, lambda file: drawn.savefig(file, format="png"))
     _make_small(path)
 
@@ -119,7 +110,7 @@ def _make_small(path: Path) -> None:
     write_atomically(path, lambda file: small.save(file, format="PNG", optimize=True))
 
 
-def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str, calls: int) -> "Image.Image | None":
+def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str, calls: int) -> "Figure | None":
     """The first samples of all solvers on one grid and of fitted plans at one number of calls, and the converged ones.
 
     Each has a row. Every column starts from the same noise.
@@ -132,40 +123,16 @@ def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str
       calls: the number of model calls.
 
     Returns:
-      The picture, or None where samples are no images or there are no such runs.
+      The figure, with all pixels of the images, or None where samples are no images or there are no such runs.
     """
     chosen = [r for r in results if (r.problem, r.calls) == (problem.name, calls) and r.grid in (grid, FITTED)]
     if problem.images is None or all(r.grid == FITTED for r in chosen):
         return None
-    rows = {}
-    for r in chosen:
-        rows[r.solver] = problem.images(np.load(r.path(folder))[:_COLUMNS])
+    rows = {r.solver: problem.images(np.load(r.path(folder))[:_COLUMNS]) for r in chosen}
     rows["converged"] = problem.images(converged(problem, folder)[:_COLUMNS])
-    return draw_rows(rows)
-
-
-def draw_rows(rows: dict[str, np.ndarray]) -> "Image.Image":
-    """Rows of images with their names on the left.
-
-    Args:
-      rows: by name (N, H, W, C) in -1 .. 1 with one or three channels; values outside are clipped, NaN is black.
-
-    Returns:
-      The picture; images of less than 28 pixels are enlarged.
-    """
-    from PIL import Image, ImageDraw
-
-    first = next(iter(rows.values()))
-    zoom = -(-28 // first.shape[1])
-    height, width = (zoom * side + _PADDING for side in first.shape[1:3])
-    columns = max(len(images) for images in rows.values())
-    canvas = Image.new("RGB", (_LABEL + columns * width + _PADDING, len(rows) * height + _PADDING), "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, (name, images) in enumerate(rows.items()):
-        top = row * height + _PADDING
-        draw.text((_PADDING, top + height // 2 - 7), name, fill="black")
-        pixels = to_uint8(np.nan_to_num(images, nan=-1))
-        pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3)).repeat(zoom, axis=1).repeat(zoom, axis=2)
-        for column, image in enumerate(pixels):
-            canvas.paste(Image.fromarray(image), (_LABEL + column * width, top))
-    return canvas
+    drawn = plotting.images(rows, columns=_COLUMNS)
+    (panel,) = drawn.axes
+    # Large images are shown smaller than they are; the file has all of their pixels.
+    shrunk = panel.images[0].get_array().shape[1] / panel.get_window_extent().width
+    drawn.set_dpi(drawn.dpi * max(1, shrunk))
+    return drawn

@@ -41,6 +41,8 @@ def images(images: Any, *, columns: int = 10, title: str = "") -> "Figure":
     if len(shapes := {value.shape for value in checked.values()}) > 1:
         found = ", ".join(f"{name} {value.shape}" for name, value in checked.items())
         raise ValueError(f"all images must have one shape, so that rows are aligned, got {found}")
+    if not any(np.isfinite(value).any() for value in checked.values()):
+        raise ValueError(f"images have no finite number, in shape {next(iter(shapes))}")
     if not is_integer(columns) or columns < 1:
         raise ValueError(f"columns must be an integer of at least 1, got {columns!r}")
     check_title(title)

@@ -41,7 +41,7 @@ def check_images(name: str, value: Any) -> np.ndarray:
 
     Raises:
       TypeError: as `check_array`.
-      ValueError: when it has another rank, not 1 or 3 channels, no pixel, or no finite one.
+      ValueError: when it has another rank, not 1 or 3 channels, or no pixel.
     """
     images = check_array(name, value)
     if images.ndim != 4:
@@ -50,8 +50,6 @@ def check_images(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"{name} must have 1 or 3 channels, the last axis, got shape {images.shape}")
     if not images.size:
         raise ValueError(f"{name} must hold an image at least, got shape {images.shape}")
-    if not np.isfinite(images).any():
-        raise ValueError(f"{name} has no finite number, in shape {images.shape}")
     return images
 
 
