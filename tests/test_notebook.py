@@ -60,7 +60,7 @@ def check_quickstart(shown: Shown) -> None:
     assert distances[0] < 0.2
     for name in ("ddim", "dpm_solver_pp(2)", "unipc(2)", "evodiff", "variance_optimal"):
         (numbers,) = shown.numbers(name)
-        assert numbers[::2] == [5, 6, 8, 10, 14, 20]
+        assert numbers[::2] == [5, 8, 12, 20]
         assert numbers[-1] < 0.5 * numbers[1]
     (free,), (fitted,) = shown.numbers("5 calls, variance_optimal"), shown.numbers("5 calls, fitted plan")
     assert fitted[0] < 0.6 * free[0]
@@ -109,11 +109,81 @@ def check_public_checkpoint(shown: Shown) -> None:
     assert shown.lines("50,000 images in 10 calls")
 
 
+def check_own_network(shown: Shown) -> None:
+    assert len(shown.pictures) == 7
+    for name in ("linen, noise prediction: loss", "NNX, v prediction: loss"):
+        ((first, last),) = shown.numbers(name)
+        assert last < 0.3 * first
+    for name in ("read as data prediction, error", "NNX, v prediction: error"):
+        assert shown.numbers(name)[0][0] < 0.3
+    assert "predicts 'epsilon': give from_prediction that" in " ".join(shown.printed.split())
+    # Lines "NAME: error ERROR, of the kind that was asked for SHARE%"
+    ((new, _),), ((noise, _),), ((clipped, kind),), ((v, same),) = map(
+        shown.numbers, ("new pictures", "linen, noise  ", "the same, clipped", "NNX, v  ")
+    )
+    assert new < v < clipped < noise
+    assert clipped < 0.35
+    assert min(kind, same) >= 90
+    by_scale = {scale: values for scale, *values in shown.numbers("scale")}  # share in %, error, largest value
+    assert by_scale[0.0][0] < 60 < 95 <= by_scale[1.0][0]
+    assert by_scale[8.0][1] > 1.5 * by_scale[1.0][1]
+    for name in ("ddim", "dpm_solver_pp(2)", "unipc(2)", "evodiff", "variance_optimal"):
+        (numbers,) = shown.numbers(name)
+        assert numbers[::2] == [5, 10, 20]
+        assert numbers[-1] < 0.5 * numbers[1]
+
+
+def check_many_devices(shown: Shown) -> None:
+    assert len(shown.pictures) == 4
+    assert len(shown.lines("cpu:")) == 8
+    differences = shown.numbers("largest difference from one device")
+    assert len(differences) == 2  # by jit and by shard_map
+    assert max(differences) < [1e-4]
+    assert shown.numbers("one key") == [[4, 32, 32]]
+    ((half,),) = shown.numbers("result float32, difference from float32")
+    assert 0 < half < 0.05
+    assert [used for used, _ in shown.numbers("devices:")] == [1, 2, 4, 8]
+    ((made,),) = shown.numbers("interrupted when")
+    ((kept, others, whole),) = shown.numbers("chunks kept:")
+    assert made < whole == 200
+    assert kept > 0
+    assert 40 * kept + others == whole
+    assert shown.lines("equal")
+
+
+def check_inside_the_solver(shown: Shown) -> None:
+    assert len(shown.pictures) == 4
+    for name in ("ddim            largest", "dpm_solver_pp   largest", "unipc           largest"):
+        assert shown.numbers(name)[0][0] < 1e-4
+    chosen = shown.numbers("step to sigma")
+    assert len(chosen) == 8
+    for _, zeta, zeta_low, zeta_high, eta, eta_low, eta_high in chosen:
+        assert 0.37 < zeta_low <= zeta <= zeta_high < 0.83
+        assert 0.25 <= eta_low <= eta <= eta_high < 0.45
+    (ddim,), (optimal,) = shown.numbers("ddim              error")[0], shown.numbers("variance_optimal  error")[0]
+    assert optimal < 0.5 * ddim
+    assert "ValueError: the table of solver 'wrong': row 0" in shown.printed
+    assert "remembers 1 output, order 2.0" in shown.printed
+    assert shown.numbers("largest difference from dpm_solver_pp")[0][0] < 1e-5
+    assert shown.numbers("sums over each sample: 2;")[0][0] < 1e-4
+    kept = shown.numbers("from sigma")
+    assert len(kept) == 10
+    assert kept[0][1:] == [1, 1, 1]
+    assert min(mean for _, mean, *_ in kept) < 0.7
+    for name in ("line ", "careful ", "dpm_solver_pp(2)", "unipc(2)", "evodiff", "variance_optimal"):
+        numbers = shown.numbers(name)[-1]
+        assert numbers[::2] == [5, 7, 10, 15, 20]
+        assert numbers[-1] < 0.5 * numbers[1]
+
+
 CHECKS: dict[str, Callable[[Shown], None]] = {
     "quickstart": check_quickstart,
     "editing": check_editing,
     "fitted_plan": check_fitted_plan,
     "public_checkpoint": check_public_checkpoint,
+    "own_network": check_own_network,
+    "many_devices": check_many_devices,
+    "inside_the_solver": check_inside_the_solver,
 }
 """For each notebook, by its name, what is asserted of a run."""
 
