@@ -26,9 +26,11 @@ ELSEWHERE = {
     "docs/fid.md": "test_evaluate.py",  # a file of statistics
     "docs/generation.md": "test_generation.py",  # a place of images
     "docs/pipelines.md": "test_pipelines.py",  # folders of weights
+    "docs/plotting.md": "test_plotting.py",  # the figures
     "docs/recipes.md": "test_recipes.py",  # each section's result; test_recipes_live.py has those of torch and Keras
+    "docs/testing.md": "test_testing.py",  # what the checks find
 }
-SLOW = {"docs/choosing.md", "docs/faq.md", "docs/fitting.md", "docs/index.md", "docs/own_model.md", "docs/paper.md"}
+SLOW = {f"docs/{name}.md" for name in ("choosing", "faq", "fitting", "index", "own_model")}
 
 
 def blocks(page):

@@ -37,12 +37,7 @@ class Levels(NamedTuple):
 class NoiseSchedule:
     """A noise schedule x_t = alpha(t) x_0 + sigma(t) eps on t_min <= t <= t_max.
 
-    Build one from your own functions of an array of times; they may use NumPy, jax.numpy or plain arithmetic:
-
-    >>> import jax.numpy as jnp
-    >>> cosine = NoiseSchedule(lambda t: jnp.cos(t), lambda t: jnp.sin(t), t_min=0.01, t_max=1.5)
-    >>> round(float(cosine.time(cosine.lambda_(0.7))), 6)
-    0.7
+    Build one from your own functions of an array of times; they may use NumPy, jax.numpy or plain arithmetic.
 
     Attributes:
       alpha: the signal scale, elementwise in t.
@@ -57,6 +52,12 @@ class NoiseSchedule:
         integer.
       ValueError: when t_min >= t_max, or alpha or sigma is negative or not finite, or alpha / sigma does not
         decrease with t, or `time` is not the inverse of `lambda_`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> cosine = NoiseSchedule(lambda t: jnp.cos(t), lambda t: jnp.sin(t), t_min=0.01, t_max=1.5)
+      >>> round(float(cosine.time(cosine.lambda_(0.7))), 6)
+      0.7
     """
 
     alpha: ScheduleFn
