@@ -214,6 +214,16 @@ def test_lines_against_model_calls():
     assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
 
 
+def test_intervals_down_to_0_do_not_stretch_a_logarithmic_axis():
+    (panel,) = plotting.against_calls(
+        {"a": {5: (2.0, 0.0, 3.0), 6: (1.0, -1.0, 1.1), 8: (1.0, 1e-9, 2)}}, metric="m"
+    ).axes
+    assert panel.get_yscale() == "log"
+    assert panel.get_ylim()[0] == pytest.approx(1 / 3)
+    ticks = [label.get_text() for label in panel.get_yticklabels()]
+    assert {"0.5", "1", "2"} <= set(ticks)
+
+
 def test_values_of_0_and_below_are_on_a_linear_axis_and_what_is_not_finite_is_a_gap():
     (panel,) = plotting.against_calls({"a": {5: 0.3, 6: np.inf, 7: -0.1}}, metric="distance").axes
     assert panel.get_yscale() == "linear"

@@ -20,6 +20,7 @@ from evodiff_jax.plotting._style import (
     draw_intervals,
     finish_panel,
     line_style,
+    log_axis,
     new_figure,
 )
 
@@ -95,8 +96,8 @@ def _scale(panel: Any, figure: str, shown: Sequence[float]) -> None:
     if figure == "kernel":
         size = max(float(np.median(np.abs(shown))) if shown else 1.0, 1e-12)
         panel.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(size)))
-    else:
-        panel.set_yscale("log")
+    elif positive:
+        log_axis(panel, positive)
     if positive:
         panel.set_ylim(top=3 * max(positive))
 

@@ -28,7 +28,7 @@ def against_calls(values: Mapping[str, Mapping[int, Any]], *, metric: str, title
     """Draws a line a solver against the number of model calls; needs `evodiff-jax[plots]`.
 
     Calls are on a logarithmic axis, values too unless one of them is 0 or negative. A value that is not finite leaves a
-    gap.
+    gap. On a logarithmic axis the intervals are cut at a third of the smallest value.
 
     Args:
       values: by solver and number of calls, a value or (value, low, high), whose interval is an error bar. An interval

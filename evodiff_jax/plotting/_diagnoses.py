@@ -14,6 +14,7 @@ from evodiff_jax.plotting._style import (
     check_title,
     finish_panel,
     line_style,
+    log_axis,
     new_figure,
 )
 
@@ -85,7 +86,7 @@ def diagnoses(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
     for panel, name in zip(panels, shown, strict=False):
         if name == _DENSITY:
             lines |= _draw_density(panel, density)
-        bottom = np.inf
+        positive: list[float] = []
         for index, (solver, found) in enumerate(diagnoses.items()):
             if name == "curvature" and index:  # of the model, the same for all
                 continue
@@ -94,7 +95,7 @@ def diagnoses(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
                 continue
             if name not in _LINEAR:
                 mean = np.where(mean > 0, mean, np.nan)
-                bottom = min(bottom, np.nanmin(mean, initial=np.inf))
+                positive += mean[mean > 0].tolist()
             style = {**line_style(index), "markersize": 4, "linewidth": 1.3}
             if name == "curvature":
                 style |= {"color": _OF_MODEL, "marker": ".", "linestyle": "-"}
@@ -106,10 +107,8 @@ def diagnoses(diagnoses: Mapping[str, Diagnosis], title: str = "") -> "Figure":
         panel.set_xlabel("log-SNR, 2 log(alpha / sigma)", fontsize=SMALL - 1)
         panel.set_ylabel(_UNITS[name], fontsize=SMALL - 1)
         finish_panel(panel, small=True)
-        if name not in _LINEAR:
-            panel.set_yscale("log", nonpositive="clip")  # a band may reach 0
-            if np.isfinite(bottom):
-                panel.set_ylim(bottom=bottom / 3)
+        if positive:
+            log_axis(panel, positive)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     if title:

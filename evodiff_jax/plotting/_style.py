@@ -90,12 +90,16 @@ def calls_axis(panel: Any, calls: Sequence[int]) -> None:
 
 
 def log_axis(panel: Any, values: Any) -> None:
-    """A logarithmic y axis whose ticks have labels 1, 2, 5 and so on, or powers of ten alone over many decades."""
+    """A logarithmic y axis for values above 0, from a third of the smallest; intervals that reach further are cut.
+
+    Its ticks have labels 1, 2, 5 and so on, or powers of ten alone over many decades.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    decades = np.log10(np.max(values) / np.min(values))
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
+    least, most = np.min(values), np.max(values)
+    panel.set_yscale("log", nonpositive="clip")
+    panel.set_ylim(bottom=max(panel.get_ylim()[0], least / 3))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
 
