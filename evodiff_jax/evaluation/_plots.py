@@ -134,6 +134,6 @@ def picture(problem: Problem, results: Iterable[Result], folder: Path, grid: str
     drawn = plotting.images(rows, columns=_COLUMNS)
     (panel,) = drawn.axes
     # Large images are shown smaller than they are; the file has all of their pixels.
-    shrunk = panel.images[0].get_array().shape[1] / panel.get_window_extent().width
+    shrunk = np.asarray(panel.images[0].get_array()).shape[1] / panel.get_window_extent().width
     drawn.set_dpi(drawn.dpi * max(1, shrunk))
     return drawn

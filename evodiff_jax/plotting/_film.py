@@ -103,7 +103,7 @@ def _points(states: np.ndarray, outputs: np.ndarray, heads: list[str], title: st
     left, right, bottom, top = 0.85, 0.1, 0.5, 0.3 + 0.3 * bool(title)  # inches
     width = left + right + _PANEL * (1.1 * len(states) - 0.1)
     height = bottom + top + _PANEL * 2.1
-    figure = new_figure(width, height, layout=None)  # constrained layout takes seconds for many panels
+    figure = new_figure(width, height, constrained=False)  # constrained layout takes seconds for many panels
     panels = figure.subplots(2, len(states), squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, 0.1, 0.1)
     known = [part[np.isfinite(part).all(-1)] for part in (states, outputs)]

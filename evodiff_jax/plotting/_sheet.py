@@ -89,7 +89,7 @@ def draw_sheet(
     height, width = pixels.shape[:2]
     zoom = min(_WIDTH / width, _HEIGHT / height)
     zoom = max(1, min(int(zoom), _CELL // cells.shape[3])) if zoom >= 1 else zoom
-    figure = new_figure(1, 1, layout=None)
+    figure = new_figure(1, 1, constrained=False)
     text = lambda words, size, **aligned: figure.text(0, 0, words, fontsize=size, **aligned)
     rows = [text(label, LABEL, ha="right", va="center") for label in labels]
     columns = [text(head, SMALL, ha="center", va="bottom") for head in heads]
@@ -104,18 +104,19 @@ def draw_sheet(
     figure.set_size_inches(*whole / DPI)
     left, top = round(left), whole[1] - round(top)  # pixels from the left and from below
     centres = zoom * (np.array(tops) + cells.shape[2] / 2)
+    place = lambda written, x, y: written.set_position((x / whole[0], y / whole[1]))
     for written, centre in zip(rows, centres, strict=False):
-        written.set_position((left - _GAP, top - centre) / whole)
+        place(written, left - _GAP, top - centre)
     centres = zoom * (padding + np.arange(len(columns)) * (cells.shape[3] + padding) + cells.shape[3] / 2)
     for written, centre in zip(columns, centres, strict=True):
-        written.set_position((left + centre, top + _GAP / 4) / whole)
+        place(written, left + centre, top + _GAP / 4)
     for written in own:
-        written.set_position((left - _GAP, top + _GAP / 4) / whole)
+        place(written, left - _GAP, top + _GAP / 4)
     for written in above:
-        written.set_position((0.5, 1 - _GAP / whole[1]))
+        place(written, whole[0] / 2, whole[1] - _GAP)
 
-    place = np.array([left, top - zoom * height, zoom * width, zoom * height]) / np.tile(whole, 2)
-    panel = figure.add_axes(tuple(place))
+    width, height = zoom * width / whole[0], zoom * height / whole[1]
+    panel = figure.add_axes((left / whole[0], top / whole[1] - height, width, height))
     panel.imshow(pixels, interpolation="nearest" if zoom >= 1 else "auto", aspect="auto")
     panel.set_axis_off()
     return figure

@@ -31,8 +31,8 @@ DASHES = ("-", "--", ":", "-.")
 _APART = 0.055  # how far labels of ticks are at least, as a share of the axis
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> "Figure":
-    """An empty figure of a size in inches.
+def new_figure(width: float, height: float, *, constrained: bool = True) -> "Figure":
+    """An empty figure of a size in inches, with matplotlib's constrained layout or none.
 
     Raises:
       ModuleNotFoundError: when matplotlib is not installed.
@@ -42,7 +42,7 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
 
     from evodiff_jax.plotting._shown import ShownFigure
 
-    figure = ShownFigure(figsize=(width, height), dpi=DPI, layout=layout)
+    figure = ShownFigure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
     FigureCanvasAgg(figure)
     return figure
 
@@ -59,7 +59,7 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-def draw_intervals(panel: Any, x: Sequence[float], low: Any, high: Any, colour: str) -> None:
+def draw_intervals(panel: Any, x: Any, low: Any, high: Any, colour: str) -> None:
     """Error bars from low to high, of which the value itself may lie outside."""
     low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
     panel.errorbar(x, (low + high) / 2, (high - low) / 2, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
@@ -104,7 +104,7 @@ def log_axis(panel: Any, values: Any) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(figure: "Figure", lines: Mapping[str, Any], loc: str, columns: int = 1) -> None:
+def add_legend(figure: "Figure", lines: Mapping[str, Any], loc: Any, columns: int = 1) -> None:
     """A legend outside of the panels, with room for dashes and marker."""
     figure.legend(list(lines.values()), list(lines), loc=loc, ncols=columns, fontsize=SMALL, handlelength=3.5)
 
