@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import SCHEDULES, initial_state, mixture, written_as
+from exact_models import SCHEDULES, initial_state, mixture
 from flax import nnx
 
 import evodiff_jax as ed
 from evodiff_jax.denoisers import PREDICTIONS, counted, from_prediction, split_nnx
 from evodiff_jax.preconditioning import precondition
+from evodiff_jax.testing import as_network, gaussian
 
 VP = SCHEDULES["vp_linear"]
 FLOW = ed.schedules.flow(shift=3.0)
@@ -28,7 +29,7 @@ def test_one_network_written_in_six_forms_gives_the_same_samples(solver, x64):
 
     @jax.jit
     def in_all_forms(x_T):
-        forms = [from_prediction(written_as(p, data, VP), VP, p) for p in PREDICTIONS]
+        forms = [from_prediction(as_network(p, data, VP), VP, p) for p in PREDICTIONS]
         return [ed.sample(denoise, x_T, ed.plan(VP, times, solver), key=key) for denoise in forms]
 
     first, *others = in_all_forms(x_T)
@@ -45,7 +46,7 @@ def test_one_network_written_in_six_forms_gives_the_same_samples(solver, x64):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_predictions_give_the_data_back_on_schedules_of_any_kind(schedule, prediction, x64):
     data = mixture(schedule)
-    denoise = from_prediction(written_as(prediction, data, schedule), schedule, prediction)
+    denoise = from_prediction(as_network(prediction, data, schedule), schedule, prediction)
     for fraction in (0.02, 0.3, 0.7, 1.0):
         t = jnp.asarray(schedule.t_min + fraction * (schedule.t_max - schedule.t_min))
         x = initial_state(schedule, (3, *SHAPE), jnp.float64)
@@ -56,19 +57,15 @@ def test_predictions_give_the_data_back_on_schedules_of_any_kind(schedule, predi
 def test_data_v_and_velocity_start_where_there_is_no_signal(prediction):
     """At alpha = 0 the posterior mean of unit normal data around 2 is 2."""
     schedule = ed.schedules.flow(t_min=0.0, t_max=1.0)
-
-    def data(x, t):
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return 2 + alpha / (alpha**2 + sigma**2) * (x - 2 * alpha)
-
-    denoise = from_prediction(written_as(prediction, data, schedule), schedule, prediction)
+    exact = gaussian(schedule, 2.0, 1.0)
+    denoise = from_prediction(as_network(prediction, exact.denoise, schedule), schedule, prediction)
     x_T = initial_state(schedule, (3, *SHAPE))
     times, run = ed.grids.time_uniform(schedule, 30), jax.jit(lambda plan: ed.sample(denoise, x_T, plan))
     linear = [
         ed.plan(schedule, times, s) for s in (ed.solvers.ddim(), ed.solvers.dpm_solver_pp(2), ed.solvers.unipc(3))
     ]
     for x in (*jax.vmap(run)(ed.stack(linear)), run(ed.plan(schedule, times, ed.solvers.evodiff()))):
-        np.testing.assert_allclose(x, 2 + x_T, atol=0.25)  # the map of the ODE is the shift
+        np.testing.assert_allclose(x, exact.solve(x_T, 1.0, 0.0), atol=0.25)  # the map of the ODE is a shift by 2
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import SCHEDULES, initial_state, mixture, written_as
+from exact_models import SCHEDULES, initial_state, mixture
 from flax import nnx
 
 import evodiff_jax as ed
+from evodiff_jax.testing import as_network
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -99,7 +100,7 @@ def predicts(prediction, schedule=VP, **how):
     sign = how.get("sign", 1)
 
     def check(have):
-        inner = written_as(prediction, mixture(schedule), schedule)
+        inner = as_network(prediction, mixture(schedule), schedule)
 
         def network(params, x, t):
             if "time_shape" in how:

@@ -1,6 +1,4 @@
-"""Noise schedules: closed forms, inverses, precision, custom ones, errors."""
-
-import pickle
+"""Noise schedules: what `check_schedule` checks, closed forms, dtypes, noise, errors."""
 
 import chex
 import jax
@@ -12,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evodiff_jax as ed
-from evodiff_jax.numerics import on_host
+from evodiff_jax.testing import check_schedule
 
 pytestmark = pytest.mark.fast
 
@@ -45,39 +43,14 @@ def inner(schedule, count):
     return np.linspace(schedule.t_min, schedule.t_max, count + 2)[1:-1]
 
 
-@schedules
-def test_time_inverts_lambda_to_round_off_on_the_host(schedule):
-    times = inner(schedule, 2001)
-    recovered = on_host(schedule.time, schedule.levels(times).lambda_)
-    np.testing.assert_allclose(recovered, times, rtol=1e-13, atol=1e-13 * schedule.t_max)
-
-
-@schedules
-def test_time_inverts_lambda_in_float32(schedule):
-    times = jnp.asarray(inner(schedule, 2001), jnp.float32)
-    recovered = jax.jit(lambda t: schedule.time(schedule.lambda_(t)))(times)
-    assert recovered.dtype == jnp.float32
-    np.testing.assert_allclose(recovered, times, rtol=0, atol=1e-6 * schedule.t_max)
-
-
-@schedules
-def test_log_snr_decreases_and_is_log_alpha_over_sigma(schedule):
-    times = inner(schedule, 20_001)
-    alpha, sigma, lambda_ = schedule.levels(times)
-    assert np.all(np.diff(lambda_) < 0)
-    np.testing.assert_allclose(alpha / sigma, np.exp(lambda_), rtol=1e-13)
-    in_float32 = jax.jit(schedule.lambda_)(jnp.asarray(times[::100], jnp.float32))
-    assert np.all(np.diff(in_float32) < 0)
-    np.testing.assert_allclose(in_float32, lambda_[::100], rtol=2e-4, atol=2e-5)
-
-
-@schedules
-def test_levels_in_float32_are_those_of_float64(schedule):
-    times = inner(schedule, 999).astype(np.float32)
-    expected = schedule.levels(times.astype(np.float64))
-    for level, exact in ((schedule.alpha, expected.alpha), (schedule.sigma, expected.sigma)):
-        # Times near an end are rounded themselves: 1 - t has the absolute precision of t.
-        np.testing.assert_allclose(jax.jit(level)(times), exact, rtol=2e-5, atol=1e-6)
+@pytest.mark.parametrize("name", ALL)
+def test_every_schedule_passes_to_round_off(name):
+    """The values in both precisions, the inverse, gradients, shapes; the sharper bounds are the package's own."""
+    report = check_schedule(ALL[name])
+    assert report.inverse_error < 1e-13
+    assert report.inverse_error_float32 < 1e-6
+    assert report.level_error_float32 < 2e-5
+    assert report.picklable == (name not in ("custom", "from a log-SNR"))
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n.startswith(("vp", "discrete", "from", "custom"))])
@@ -294,20 +267,7 @@ def test_bad_shapes_of_noise(shape, message):
         SCHEDULES["edm"].noise(jax.random.key(0), shape)
 
 
-# -- files, parameters
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("custom", "from a log-SNR")])
-def test_schedules_can_be_pickled(name):
-    again = pickle.loads(pickle.dumps(ALL[name]))
-    times = inner(ALL[name], 9)
-    for ours, theirs in zip(again.levels(times), ALL[name].levels(times), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert (again.t_min, again.t_max, again.num_timesteps) == (
-        ALL[name].t_min,
-        ALL[name].t_max,
-        ALL[name].num_timesteps,
-    )
+# -- parameters
 
 
 def test_arrays_without_axes_are_parameters():

@@ -1,4 +1,4 @@
-"""Stochastic solvers: the exact mean and covariance on a Gaussian, their deterministic counterparts, their keys."""
+"""Stochastic solvers beside what `check_solver` checks: their noise, deterministic counterparts, churn and tau."""
 
 import chex
 import jax
@@ -6,126 +6,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_models import SCHEDULES, initial_state, mixture
+from test_solvers import STOCHASTIC
 
 import evodiff_jax as ed
+from evodiff_jax.testing import gaussian, moments
 
 pytestmark = pytest.mark.fast
 
 s = ed.solvers
 
-# Each with the order at which the covariance of its samples converges.
-STOCHASTIC = {
-    "ddim(1)": (s.ddim(1.0), 1),
-    "ddim(0.5)": (s.ddim(0.5), 1),
-    "sde_dpm_solver_pp(1)": (s.sde_dpm_solver_pp(1), 1),
-    "sde_dpm_solver_pp(2)": (s.sde_dpm_solver_pp(2), 2),
-    "sde_dpm_solver_pp(2, tau=0.5)": (s.sde_dpm_solver_pp(2, 0.5), 2),
-    "sde_dpm_solver_pp(2, variant='heun')": (s.sde_dpm_solver_pp(2, variant="heun"), 2),
-    "sde_dpm_solver_pp(3)": (s.sde_dpm_solver_pp(3), 2),
-    "sa_solver()": (s.sa_solver(), 3),
-    "sa_solver(variant='few_steps')": (s.sa_solver(variant="few_steps"), 2),
-    "sa_solver(3, 4, tau=0.8)": (s.sa_solver(3, 4, 0.8), 2),  # as its first and last steps are
-    "sa_solver(tau of t)": (s.sa_solver(2, 2, lambda t: 0.0 + (t > 0.1)), 2.5),  # tau jumps within a step
-    "heun(s_churn=10)": (s.heun(s_churn=10.0), 2),
-    "heun(s_churn=40, s_tmin=0.05, s_tmax=10)": (s.heun(s_churn=40.0, s_tmin=0.05, s_tmax=10.0), 2),
-}
 PROBLEMS = {"vp_linear": ed.schedules.vp_linear(), "edm": ed.schedules.edm(0.002, 40.0)}
 
-MEAN = np.array([0.7, -0.4])
-COVARIANCE = np.array([[0.5, 0.3], [0.3, 0.4]])
+MEAN, STD = np.array([0.7, -0.4]), np.array([0.9, 0.3])
 
 
-def moments_at(schedule, t):
-    """The mean and the covariance of noisy normal data with MEAN and COVARIANCE."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return alpha * MEAN, alpha**2 * COVARIANCE + sigma**2 * np.eye(2)
-
-
-def moments_of_samples(schedule, plan):
-    """Those of what the plan makes of noisy data, exactly: a row is affine in the state and in the outputs before.
-
-    A row acts on the state and the remembered outputs as one vector. So does the model, whose prediction of normal
-    data is affine.
-    """
-    table, eye = plan.table, np.eye(2)
-    rows, slots = table.predictor.shape
-    keep_x, keep_m = (np.zeros(rows), np.ones(rows)) if table.history is None else table.history
-    mean, covariance = np.zeros(2 * slots), np.zeros((2 * slots, 2 * slots))
-    mean[:2], covariance[:2, :2] = moments_at(schedule, table.time[0])
-    for i in range(int(plan.calls)):
-        alpha, (there, marginal) = schedule.alpha(table.time[i]), moments_at(schedule, table.time[i])
-        gain = alpha * COVARIANCE @ np.linalg.inv(marginal)
-        outputs, constants = np.eye(2 * slots), np.zeros(2 * slots)  # H_0, ..., H_K of x, H_1, ..., H_K
-        outputs[:2, :2] = keep_x[i] * eye + keep_m[i] * gain
-        constants[:2] = keep_m[i] * (MEAN - gain @ there)
-        of_outputs = np.kron(table.transition[i] * table.corrector[i] + table.predictor[i], eye)
-        of_state = of_outputs @ outputs
-        of_state[:, :2] += table.transition[i] * eye
-        step = np.concatenate([of_state, outputs[:-2]])
-        mean = step @ mean + np.append(of_outputs @ constants, constants[:-2])
-        covariance = step @ covariance @ step.T
-        covariance[:2, :2] += table.noise[i] ** 2 * eye
-    return mean[:2], covariance[:2, :2]
-
-
-@pytest.mark.parametrize("name", STOCHASTIC)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_mean_and_covariance_converge_to_the_exact_ones(problem, name):
-    schedule, (solver, order) = PROBLEMS[problem], STOCHASTIC[name]
-    mean, covariance = moments_at(schedule, schedule.t_min)
-    errors = []
-    for steps in (160, 320, 640):
-        of_samples = moments_of_samples(schedule, ed.plan(schedule, ed.grids.log_snr(schedule, steps), solver))
-        np.testing.assert_allclose(of_samples[0], mean, rtol=1e-11)  # a state at the mean stays there
-        errors.append(np.abs(of_samples[1] - covariance).max())
-    observed = np.log2(np.divide(errors[:-1], errors[1:]))
-    np.testing.assert_allclose(observed, order, atol=0.5 if order == 2.5 else 0.11)
-    assert errors[-1] < {1: 0.008, 2: 3e-4}.get(order, 4e-6)
-
-
-def gaussian(schedule):
-    """The posterior mean of normal data with MEAN and COVARIANCE."""
-
-    def denoise(x, t):
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        marginal = alpha**2 * COVARIANCE + sigma**2 * jnp.eye(2)
-        gain = alpha * jnp.linalg.solve(marginal, jnp.asarray(COVARIANCE, x.dtype))
-        return MEAN.astype(x.dtype) + (x - alpha * MEAN) @ gain
-
-    return denoise
-
-
-def test_samples_have_the_mean_and_covariance_of_their_table():
+def test_samples_have_the_mean_and_deviation_of_their_table():
     """The noise of the rows is standard normal, of each row anew, and in the table's strength."""
     schedule, (noise_key, key) = PROBLEMS["vp_linear"], jax.random.split(jax.random.key(0))
-    times = ed.grids.log_snr(schedule, 5)
-    mean, covariance = moments_at(schedule, schedule.t_max)
-    x_T = mean + jax.random.normal(noise_key, (50_000, 2)) @ np.linalg.cholesky(covariance).T
+    model, times = gaussian(schedule, MEAN, STD), ed.grids.log_snr(schedule, 5)
+    x_0 = MEAN + STD * np.random.default_rng(0).standard_normal((50_000, 2))
+    x_T = schedule.add_noise(jnp.asarray(x_0, jnp.float32), schedule.t_max, noise_key)
     plans = [ed.plan(schedule, times, solver) for solver, _ in STOCHASTIC.values()]
-    together = jax.jit(jax.vmap(lambda plan: ed.sample(gaussian(schedule), x_T, plan, key=key)))(ed.stack(plans))
+    together = jax.jit(jax.vmap(lambda plan: ed.sample(model.denoise, x_T, plan, key=key)))(ed.stack(plans))
     for name, plan, x in zip(STOCHASTIC, plans, together, strict=True):
-        mean, covariance = moments_of_samples(schedule, plan)
-        spread = np.sqrt(np.diag(covariance))
-        # Four standard errors; that of a covariance is at most sqrt(2 / N) times the deviations of its coordinates.
-        np.testing.assert_allclose((np.mean(x, 0) - mean) / spread, 0, atol=4 * 0.0045, err_msg=name)
-        difference = (np.cov(x.T) - covariance) / np.outer(spread, spread)
-        np.testing.assert_allclose(difference, 0, atol=4 * 0.0064, err_msg=name)
+        mean, std = moments(plan, schedule, MEAN, STD)  # four standard errors
+        np.testing.assert_allclose((np.mean(x, 0) - mean) / std, 0, atol=4 * 0.0045, err_msg=name)
+        np.testing.assert_allclose(np.std(x, 0) / std, 1, atol=4 * 0.0032, err_msg=name)
 
 
-def test_the_same_key_gives_the_same_samples_and_another_gives_others():
-    schedule = SCHEDULES["vp_linear"]
-    x_T, times = initial_state(schedule, (4, 4, 4, 2)), ed.grids.log_snr(schedule, 5)
-    plans = [ed.plan(schedule, times, solver) for solver, _ in STOCHASTIC.values()]
-    stacked = ed.stack(plans)
-    sample = jax.jit(
-        lambda key: jax.vmap(lambda plan: ed.sample(mixture(schedule), x_T, plan, key=key))(stacked),
-    )
-    x = sample(jax.random.key(1))
-    chex.assert_trees_all_equal(x, sample(jax.random.key(1)))
-    assert np.abs(x - sample(jax.random.key(2))).max(axis=(1, 2, 3, 4)).min() > 1e-3
-    for plan in plans:
+def test_stochastic_solvers_need_a_key():
+    x_T, times = initial_state(SCHEDULES["vp_linear"], (4, 2)), ed.grids.log_snr(SCHEDULES["vp_linear"], 5)
+    for solver, _ in STOCHASTIC.values():
+        plan = ed.plan(SCHEDULES["vp_linear"], times, solver)
         with pytest.raises(ValueError, match="stochastic: pass key"):
-            jax.eval_shape(lambda plan=plan: ed.sample(mixture(schedule), x_T, plan))
+            jax.eval_shape(lambda plan=plan: ed.sample(jnp.tanh, x_T, plan))
 
 
 def adams_by_quadrature(schedule, times, x, denoise, memory):

@@ -49,7 +49,7 @@ def observed_order(solver: Solver, schedule: NoiseSchedule | None) -> Order:
         coordinates = np.shape(plans[0].table.predictor)[2:]
         x_T = _runs.noise(_SHAPE if not coordinates else (8, *coordinates), _sigma(schedule), jnp.float64)
         exact = bimodal(schedule, _CENTER, _STD).solve(x_T, schedule.t_max, schedule.t_min)
-        samples = [np.asarray(_program(schedule)(x_T, _runs.shared(plan))) for plan in plans]
+        samples = [np.asarray(_program(schedule)(x_T, _runs.shared(plan, noise=False))) for plan in plans]
     errors = [float(np.sqrt(np.mean((x - exact) ** 2))) for x in samples]
     return _fitted([int(plan.calls) for plan in plans], errors)
 
@@ -101,7 +101,7 @@ def moments(plan: Plan, schedule: NoiseSchedule, mean: Any, std: Any) -> tuple[n
     Examples:
       >>> import evodiff_jax as ed
       >>> schedule = ed.schedules.edm()
-      >>> plan = ed.plan(schedule, ed.grids.log_snr(schedule, 500), ed.solvers.ddim(eta=1.0))
+      >>> plan = ed.plan(schedule, ed.grids.log_snr(schedule, 100), ed.solvers.sde_dpm_solver_pp(2))
       >>> mean, std = moments(plan, schedule, [1.0], [0.5])
       >>> float(mean[0].round(2)), float(std[0].round(2))
       (1.0, 0.5)

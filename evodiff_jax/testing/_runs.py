@@ -64,12 +64,15 @@ def run_and_gradients(model: Model, x_T: Any, plan: Plan, key: jax.Array) -> Any
     return x, gradients
 
 
-def shared(plan: Plan) -> Plan:
-    """The plan without its schedule's static data and, without a rule, with all columns: one program for all."""
+def shared(plan: Plan, noise: bool = True) -> Plan:
+    """The plan without its schedule's static data and, without a rule, with all columns: one program for all.
+
+    A column of noise is left out where it is not asked for and not there: drawing numbers takes time.
+    """
     if plan.rule is None and np.ndim(plan.table.predictor) == 2 and plan.table.offset is None:
         zero, wide = np.zeros(1), np.zeros((1, _MEMORY))
-        full = Plan(Table(zero, zero, wide, wide, (zero, zero), zero), np.int32(1), np.zeros(()))
-        plan = jax.tree.map(lambda leaf: leaf[0], stack([plan, full]))
+        full = Table(zero, zero, wide, wide, (zero, zero), zero if noise else None)
+        plan = jax.tree.map(lambda leaf: leaf[0], stack([plan, Plan(full, np.int32(1), np.zeros(()))]))
     return dataclasses.replace(plan, levels=())
 
 

@@ -31,7 +31,7 @@ def cases(schedule: NoiseSchedule | None) -> Iterator[Case]:
         ("edm()", schedules.edm(), "karras"),
         ("edm()", schedules.edm(), "log_snr"),
         ("vp_linear()", schedules.vp_linear(), "time_uniform"),
-        ("flow()", schedules.flow(), "log_snr"),
+        ("flow(1, 0.01, 0.99)", schedules.flow(1.0, 0.01, 0.99), "log_snr"),
         ("discrete(...)", schedules.discrete(schedules.scaled_linear_betas()), "time_uniform"),
     ]
     if schedule is not None:
@@ -78,11 +78,18 @@ def plan_of(solver: Solver, case: Case) -> Plan:
 
 
 def check_one_program(solver: Solver, plans: list[tuple[Case, Plan]]) -> None:
-    """Checks that plans of all numbers of steps, padded, have the same columns.
+    """Checks that plans of all numbers of steps, padded, have the same columns, and that a plan is always the same.
 
     Raises:
       ValueError: when they differ.
     """
+    case, plan = plans[-1]
+    again = jax.tree.leaves(plan_of(solver, case).table)
+    if not all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plan.table), again, strict=True)):
+        raise ValueError(
+            f"solver {solver.name!r} on {case.name}: the table differs from call to call: it must depend on the "
+            "schedule and the times alone"
+        )
 
     def form(plan: Plan) -> dict[str, Any]:
         leaves = jax.tree_util.tree_leaves_with_path(plan.table)
