@@ -23,7 +23,6 @@ MODELS = {
 }
 OF_IMAGES = {
     "mixture": lambda value, x, t: mixture(EDM)(x, t),
-    "mixture of one channel": lambda value, x, t: mixture(EDM)(x, t) * jnp.array([1.0, 0.0], x.dtype),
     "mixture on flow": lambda value, x, t: mixture(FLOW)(x, t),
 }
 
@@ -47,14 +46,6 @@ def _run(number, value, x_T, plan):
     return ed.sample_with_trace(_denoiser(number, value, x_T.shape), x_T, plan)
 
 
-@jax.jit
-def _value_and_gradients(number, value, x_T, plan):
-    def total(x, value):
-        return jnp.sum(ed.sample(_denoiser(number, value, x_T.shape), x, plan))
-
-    return jax.value_and_grad(total, argnums=(0, 1))(x_T, value)
-
-
 def _number(name, shape):
     return list(_models(shape)).index(name)
 
@@ -67,11 +58,6 @@ def of_any_schedule(plan):
 def run(name, x_T, plan, value=0.3):
     """The sample and the trace of a model by its name."""
     return _run(_number(name, x_T.shape), value, x_T, of_any_schedule(plan))
-
-
-def value_and_gradients(name, x_T, plan, value=0.3):
-    """The sum of the samples, and its gradients in x_T and in the model's parameter."""
-    return _value_and_gradients(_number(name, x_T.shape), value, x_T, of_any_schedule(plan))
 
 
 def plan_of(steps, solver, grid=ed.grids.log_snr, schedule=EDM, max_calls=MAX_CALLS, **options):
