@@ -404,7 +404,12 @@ def test_where_outputs_cease_to_be_finite():
         ValueError, match=r"data prediction .* t = 0\.4 .* call 4 of 6, in 1 of 3 .*input there is finite"
     ):
         diagnostics.check_finite(run, EDM)
-    run = run._replace(states=run.states.at[0, 0].set(jnp.inf), entered=run.entered.at[0, 0].set(False))
+    path = jax.jit(lambda x: diagnostics.converge(broken, x, EDM, times[1:], substeps=3))(x_T)
+    with pytest.raises(
+        ValueError, match=r"data prediction .* t = 2\.\d* .*step 2 of 5, in 1 of 3 .*input there is finite"
+    ):
+        diagnostics.check_finite(path, EDM)  # in the middle of that step
+    run = run._replace(states=run.states.at[0, 0].set(jnp.inf))
     with pytest.raises(ValueError, match=r"state is not finite from t = 80 .*call 1 of 6, in 1 .*initial state"):
         diagnostics.check_finite(run, EDM)
 
@@ -443,7 +448,9 @@ def test_bad_input_is_refused_before_anything_is_compiled():
     other = gaussian_mixture(VP, CENTERS, STD)
     with pytest.raises(ValueError, match="made for another schedule"):
         diagnostics.posterior_variance(other, EDM, x, T, key=KEY)
-    path = diagnostics.Trajectory(jnp.array([2.0, 1.0, 0.5]), jnp.ones((3, 2, 5)), jnp.ones((2, 2, 5)))
+    path = diagnostics.Trajectory(
+        jnp.array([2.0, 1.0, 0.5]), jnp.ones((3, 2, 5)), jnp.ones((2, 2, 5)), jnp.zeros((2, 2), bool)
+    )
     for error, match, call in (
         (ValueError, "order must be 1, 2 or 3", lambda: d.call_density(path, EDM, 4)),
         (ValueError, "needs 3 times of finite lambda", lambda: d.call_density(path, EDM, 1)),
@@ -562,8 +569,11 @@ def test_a_diagnosis_refuses_what_has_no_trajectory():
 @pytest.mark.slow
 def test_a_diagnosis_says_of_which_run_numbers_are_not_finite():
     times = ed.grids.log_snr(EDM, 4)
-    broken = lambda x, t: jnp.where(t < 1.001 * times[2], jnp.nan, normal(EDM)(x, t))
-    with pytest.raises(ValueError, match=r"the converged trajectory: the .* is not finite from t = 0\.4 .*call 21 of 40"):
+    broken = lambda x, t: jnp.where(t < times[2], jnp.nan, normal(EDM)(x, t))
+    with pytest.raises(
+        ValueError,
+        match=r"the converged trajectory: the data prediction is not finite from t = 0\.4 .*step 21 of 40.*input",
+    ):
         diagnosed(denoise=broken)
 
 

@@ -125,6 +125,7 @@ def made_run(schedule, shape, times=6, dtype=np.float32):
         jnp.asarray(grid, jnp.float32),
         jnp.asarray(states, dtype),
         jnp.asarray(np.clip(states[:-1], -0.5, 0.5), dtype),
+        jnp.zeros((times - 1, shape[0]), bool),
     )
 
 
@@ -155,7 +156,7 @@ def test_a_film_has_scaled_states_above_data_predictions(schedule):
 
 def test_a_film_of_a_run_in_bfloat16_with_many_calls_and_numbers_that_are_not_finite():
     made = made_run(EDM, (2, 4, 4, 3), times=40, dtype=jnp.bfloat16)
-    run = Run(*made._replace(states=made.states.at[-1, 1].set(jnp.nan)), *[jnp.zeros(0)] * 2, (), jnp.zeros(0))
+    run = Run(made.times, made.states.at[-1, 1].set(jnp.nan), made.outputs, *[jnp.zeros(0)] * 2, (), made.broken)
     figure = plotting.film(run, EDM)
     pixels = drawn(figure)
     assert pixels.shape[1] == 16 * 5 + 1  # of 40 times
@@ -184,6 +185,14 @@ def test_states_of_two_coordinates_are_points_on_the_same_axes():
     assert [panel.get_title() for panel in panels[:3]] == ["sigma / alpha = ∞", "4", "1.5"]
     assert [text.get_text() for text in panels[2].texts] == ["3 not finite"]
     assert len(rendered(figure)) > 100
+
+
+def test_first_predictions_that_are_far_off_are_counted_and_do_not_set_the_axes():
+    run = made_run(WHOLE, (30, 2))
+    figure = plotting.film(run._replace(outputs=run.outputs.at[0, :4].set(1000.0)), WHOLE)
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    assert panels[0].get_xlim()[1] < 100
+    assert [text.get_text() for text in panels[6].texts] == ["4 outside"]
 
 
 # ---- solvers against model calls

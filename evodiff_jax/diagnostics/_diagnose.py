@@ -141,12 +141,12 @@ def diagnose(
     for index, rows in enumerate(batches):
         x, of_batch, known = jax.tree.map(lambda leaf: leaf[rows], (x_T, condition, x_0))  # noqa: B023
         reference, flags, curved, squares = reference_of(params, of_batch, x)
-        _check("the converged trajectory", fine, flags, schedule)
+        _check("the converged trajectory", fine, flags, schedule, "step")
         changes.append(jax.tree.map(np.asarray, squares))
         target = jax.tree.map(lambda leaf: leaf[-1], reference.states) if known is None else known
         for name, of_solver in measures.items():
             run_times, flags, values = of_solver(params, of_batch, x, target, fold_in(key, index), reference)
-            _check(name, run_times, flags, schedule)
+            _check(name, run_times, flags, schedule, "call")
             parts[name].append({**jax.tree.map(np.asarray, values), "curvature": np.asarray(curved)})
     lambda_ = schedule.levels(times).lambda_
     join = lambda of_batches: jax.tree.map(lambda *leaves: np.concatenate(leaves, 1)[:, :count], *of_batches)
@@ -221,8 +221,8 @@ def _rows_of_steps(laid_out: Plan, times: np.ndarray) -> np.ndarray:
     return np.array([np.flatnonzero(np.abs(of_rows - t) <= tolerance)[-1] for t in times[:-1]])
 
 
-def _check(name: str, times: Any, flags: Any, schedule: NoiseSchedule) -> None:
+def _check(name: str, times: Any, flags: Any, schedule: NoiseSchedule, row: str) -> None:
     try:
-        check_flags(np.asarray(times), flags, schedule)
+        check_flags(np.asarray(times), flags, schedule, row)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

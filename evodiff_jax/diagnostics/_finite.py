@@ -27,24 +27,22 @@ def check_finite(run: Run | Trajectory, schedule: NoiseSchedule) -> None:
     expect_schedule(schedule)
     if not isinstance(run, Run | Trajectory) or isinstance(run.times, Tracer):
         raise TypeError(f"check_finite needs a concrete Run or Trajectory, from follow or converge, got {run!r}")
-    check_flags(np.asarray(run.times), finite_flags(run), schedule)
+    check_flags(np.asarray(run.times), finite_flags(run), schedule, "call" if isinstance(run, Run) else "step")
 
 
-def finite_flags(run: Run | Trajectory) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which of the model's inputs (R, B), its outputs (R, B) and the states (R + 1, B) are finite."""
-    states, outputs = (jnp.isfinite(jax.vmap(mean_square)(part)) for part in (run.states, run.outputs))
-    return (run.entered if isinstance(run, Run) else states[:-1]), outputs, states
+def finite_flags(run: Run | Trajectory) -> tuple[jax.Array, jax.Array]:
+    """Where the model broke (R, B), and which states (R + 1, B) are finite."""
+    return run.broken, jnp.isfinite(jax.vmap(mean_square)(run.states))
 
 
-def check_flags(times: np.ndarray, flags: tuple[Any, Any, Any], schedule: NoiseSchedule) -> None:
-    """Raises the ValueError of `check_finite` from the times of a run and its `finite_flags`."""
-    entered, outputs, states = (np.asarray(part) for part in flags)
-    broken = entered & ~outputs  # by the model itself; a correction then spoils the state of the same call
-    calls = len(outputs)
-    first = min(np.flatnonzero(~of.all(1)).min(initial=calls + 1) for of in (states, ~broken))
-    if first > calls:
+def check_flags(times: np.ndarray, flags: tuple[Any, Any], schedule: NoiseSchedule, row: str) -> None:
+    """Raises the ValueError of `check_finite` from the times of a run, its `finite_flags` and what its rows are."""
+    broken, states = (np.asarray(part) for part in flags)
+    rows = len(broken)
+    first = min(np.flatnonzero(of.any(1)).min(initial=rows + 1) for of in (~states, broken))
+    if first > rows:
         return
-    by_model = first < calls and bool(broken[first].any())
+    by_model = first < rows and bool(broken[first].any())  # a correction then spoils the state of the same call
     which = np.flatnonzero(broken[first] if by_model else ~states[first])
     named = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
     reason = (
@@ -57,6 +55,6 @@ def check_flags(times: np.ndarray, flags: tuple[Any, Any, Any], schedule: NoiseS
     raise ValueError(
         f"the {'data prediction' if by_model else 'state'} is not finite from t = {times[first]:.6g} (log-SNR "
         f"{2 * float(on_host(schedule.lambda_, times[first])):.3g}) on, "
-        f"{f'at call {first + 1} of {calls}' if first < calls else 'in the result'}, in {len(which)} of "
+        f"{f'at {row} {first + 1} of {rows}' if first < rows else 'in the result'}, in {len(which)} of "
         f"{states.shape[1]} samples ({named}): {reason}"
     )

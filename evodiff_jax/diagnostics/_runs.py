@@ -28,11 +28,13 @@ class Trajectory(NamedTuple):
       times: (N + 1,), decreasing.
       states: leaves (N + 1, B, ...).
       outputs: leaves (N, B, ...), the data predictions at times[:-1].
+      broken: (N, B), whether in a call of that step the model returned what is not finite for a finite state.
     """
 
     times: jax.Array
     states: State
     outputs: State
+    broken: jax.Array
 
 
 class Run(NamedTuple):
@@ -46,7 +48,7 @@ class Run(NamedTuple):
       gains: (R, B), the mean over coordinates of the squared coefficient of a call's data prediction in the next state.
       noise: (R,), the deviation of the noise in the next state.
       rule: what the solver's rule tells of every call, as in `Trace`.
-      entered: (R, B), whether the state that the model was called at is finite.
+      broken: (R, B), whether the model returned what is not finite for a finite state.
     """
 
     times: jax.Array
@@ -55,7 +57,7 @@ class Run(NamedTuple):
     gains: jax.Array
     noise: jax.Array
     rule: Any
-    entered: jax.Array
+    broken: jax.Array
 
 
 def follow(denoise: Denoiser, x_T: State, plan: Plan, *, key: jax.Array | None = None) -> Run:
@@ -83,13 +85,13 @@ def follow(denoise: Denoiser, x_T: State, plan: Plan, *, key: jax.Array | None =
         m = as_state(denoise(carry.x, row.time), carry.x, "denoise(x, t)")
         after, done = kernel.advance(run.rule, carry, row, index, True, m, noise_key(state.key, index))
         told, chosen = _untold(run, done.trace)
-        return after, (done.corrected, m, _gain(row, chosen, carry.x), told, jnp.isfinite(mean_square(carry.x)))
+        return after, (done.corrected, m, _gain(row, chosen, carry.x), told, _broken(carry.x, m))
 
     carry = kernel.Carry(state.x, state.outputs, state.memory)
-    carry, (states, outputs, gains, told, entered) = jax.lax.scan(step, carry, (table, jnp.arange(len(table.time))))
+    carry, (states, outputs, gains, told, broken) = jax.lax.scan(step, carry, (table, jnp.arange(len(table.time))))
     noise = jnp.zeros_like(table.time) if table.noise is None else table.noise
     times = jnp.append(table.time, jnp.asarray(run.end, table.time.dtype))
-    return Run(times, _and_last(states, carry.x), outputs, gains, noise, told, entered)
+    return Run(times, _and_last(states, carry.x), outputs, gains, noise, told, broken)
 
 
 def converge(
@@ -135,22 +137,23 @@ def converge(
     divided = lambda column: column.reshape(steps, substeps, *column.shape[1:])
 
     def call(kept: Any, scanned: Any) -> tuple[Any, None]:
-        carry, at_start, of_start = kept
+        carry, at_start, of_start, broken = kept
         row, index = scanned
         m = as_state(denoise(carry.x, row.time), carry.x, "denoise(x, t)")
         after, done = kernel.advance(run.rule, carry, row, index, True, m, None)
         first = index % substeps == 0
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(first, new, old))
-        return (after, keep(done.corrected, at_start), keep(m, of_start)), None
+        return (after, keep(done.corrected, at_start), keep(m, of_start), broken | _broken(carry.x, m)), None
 
     def step(carry: kernel.Carry, scanned: Any) -> tuple[kernel.Carry, Any]:
-        (carry, at_start, of_start), _ = jax.lax.scan(call, (carry, carry.x, carry.x), scanned)
-        return carry, (at_start, of_start)
+        none = jnp.zeros_like(_broken(carry.x, carry.x))
+        (carry, *kept), _ = jax.lax.scan(call, (carry, carry.x, carry.x, none), scanned)
+        return carry, tuple(kept)
 
     carry = kernel.Carry(state.x, state.outputs, state.memory)
     scanned = (jax.tree.map(divided, table), jnp.arange(steps * substeps).reshape(steps, substeps))
-    carry, (states, outputs) = jax.lax.scan(step, carry, scanned)
-    return Trajectory(jnp.asarray(checked, table.time.dtype), _and_last(states, carry.x), outputs)
+    carry, (states, outputs, broken) = jax.lax.scan(step, carry, scanned)
+    return Trajectory(jnp.asarray(checked, table.time.dtype), _and_last(states, carry.x), outputs, broken)
 
 
 def start(denoise: Any, x_T: Any, plan: Any, key: Any) -> tuple[Plan, RunState, Table]:
@@ -210,6 +213,11 @@ def _gain(row: Table, chosen: Any, x: State) -> jax.Array:
 def noise_key(key: Any, index: Any) -> Any:
     """The key of a row's noise, as `sample` has it."""
     return None if key is None else fold_in(fold_in(key, index), 0)
+
+
+def _broken(x: State, m: State) -> jax.Array:
+    """(B,), whether the data prediction of a finite state is not finite."""
+    return jnp.isfinite(mean_square(x)) & ~jnp.isfinite(mean_square(m))
 
 
 def _and_last(states: State, x: State) -> State:
