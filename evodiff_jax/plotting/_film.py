@@ -26,9 +26,10 @@ def film(run: Run | Trajectory, schedule: NoiseSchedule, *, samples: int = 4, ti
 
     Images have two strips a sample: the states x_t, divided by sqrt(alpha^2 + sigma^2), and below them the data
     predictions made there, of which the last state has none. States of two coordinates are points, all samples in each
-    panel, on the same axes. Columns are headed by sigma / alpha; where a run has many times, 16 of them evenly spaced
-    are shown, 12 of points, with the first and the last. Values outside of -1 .. 1 are clipped, and pixels that are not
-    finite are a chequered pattern of magenta and black.
+    panel, on the same axes. These hold all states and the last data predictions; earlier predictions of a network may
+    lie far off, and the panel says how many are outside. Columns are headed by sigma / alpha; where a run has many
+    times, 16 of them evenly spaced are shown, 12 of points, with the first and the last. Values of images outside of
+    -1 .. 1 are clipped, and pixels that are not finite are a chequered pattern of magenta and black.
 
     Args:
       run: from `diagnostics.follow` or `diagnostics.converge`, with states (R + 1, B, H, W, C), C = 1 or 3, or
@@ -106,7 +107,7 @@ def _points(states: np.ndarray, outputs: np.ndarray, heads: list[str], title: st
     figure = new_figure(width, height, constrained=False)  # constrained layout takes seconds for many panels
     panels = figure.subplots(2, len(states), squeeze=False, sharex=True, sharey=True)
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, 0.1, 0.1)
-    known = [part[np.isfinite(part).all(-1)] for part in (states, outputs)]
+    known = [part[np.isfinite(part).all(-1)] for part in (states, outputs[-1:])]
     reach = 1.05 * max(float(np.abs(part).max(initial=0)) for part in known) or 1.0
     for drawn, row, colour, name in zip(
         (states, outputs), panels, (BLUE, VERMILION), ("scaled state", "data prediction"), strict=True
@@ -117,9 +118,11 @@ def _points(states: np.ndarray, outputs: np.ndarray, heads: list[str], title: st
                 panel.set_visible(False)
                 continue
             panel.scatter(points[:, 0], points[:, 1], s=5, color=colour, alpha=0.6, linewidths=0)
-            lost = int((~np.isfinite(points).all(1)).sum())
-            if lost:
-                panel.text(0.5, 0.05, f"{lost} not finite", transform=panel.transAxes, ha="center", fontsize=SMALL)
+            finite = np.isfinite(points).all(1)
+            lost, outside = int((~finite).sum()), int((np.abs(points[finite]) > reach).any(1).sum())
+            notes = [f"{lost} not finite"] * (lost > 0) + [f"{outside} outside"] * (outside > 0)
+            if notes:
+                panel.text(0.5, 0.05, "\n".join(notes), transform=panel.transAxes, ha="center", fontsize=SMALL)
             panel.set_box_aspect(1)
             finish_panel(panel, small=True)
     panels[1, 0].set_xlabel("coordinate 1", fontsize=SMALL)
