@@ -30,8 +30,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to files that are not of the site lead to the repository; tables of figures are left out of the search."""
+    """Links to files that are not of the site lead to the repository.
+
+    In the search guides come before the API and the changelog, and tables of figures are left out.
+    """
     outside = page.file.generated_by is not None
+    if page.file.src_uri.startswith(("api/", "CHANGELOG")):
+        page.meta["search"] = {"boost": 0.3}
     if page.file.src_uri.startswith("benchmarks/"):
         page.meta["search"] = {"exclude": True}
         markdown = markdown.replace("<details>", '<details markdown="1">')  # its tables are Markdown
