@@ -24,7 +24,7 @@ def show(capsys, name, nominal, report):
         print(f"  {name:32s} order {nominal}, observed {report.order:.2f}, errors {errors}")
 
 
-SLOW = [*RULED, *OTHERS]
+SLOW = [*RULED, *OTHERS, *(name for name in STOCHASTIC if name not in ("ddim 1", "sde_dpm_solver_pp 2", "sa_solver"))]
 
 
 @pytest.mark.parametrize(
