@@ -504,7 +504,7 @@ def test_what_strategies_draw_shrinks_to_something_simple():
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(strategies.schedules(whole=True))
 def test_every_schedule_of_the_package_passes_with_any_parameters(schedule):
     assert check_schedule(schedule).picklable
