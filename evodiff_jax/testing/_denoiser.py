@@ -16,6 +16,7 @@ from evodiff_jax.types import Denoiser, State, check_function, check_keys, check
 _RATIOS = (0.25, 0.7, 2.0, 4.0)  # sigma over alpha times the data's deviation: where a wrong reading shows
 # Of the error of the best linear prediction. Right readings are near 1 for Gaussian data and below it for all others.
 _WRONG = 2.0  # no right reading is above: even a poor network predicts better than that
+_BETTER = 1.4  # a reading whose error is that many times lower is the right one; a right reading is the lowest of all
 _RIGHT = 1.2  # another reading has to be as good to be named
 _RIGHT_OF_EDM = 0.5  # with EDM's preconditioning an output of no use is as good as the best linear prediction
 _TIE = 1.25  # a simpler reading is preferred to one that is better by less than this factor
@@ -107,7 +108,7 @@ def check_denoiser(denoise: Denoiser, schedule: NoiseSchedule, data: State, key:
         others += [_Reading(Fit(p, time, error(network, p, taken))) for p in PREDICTIONS if (p, time) != ("data", "t")]
     right = [r for r in others if r.fit.error <= (_RIGHT_OF_EDM if r.fit.prediction == "edm" else _RIGHT)]
     lowest = min((r.fit.error for r in right), default=np.inf)
-    if own.error <= min(_WRONG, _WRONG * lowest):
+    if own.error <= min(_WRONG, _BETTER * lowest):
         return own
     found = f"as a data prediction denoise has {own.error:.3g} times the error of the best linear prediction"
     if not right:
@@ -126,6 +127,7 @@ def check_denoiser(denoise: Denoiser, schedule: NoiseSchedule, data: State, key:
     raise ValueError(
         f"{found}, and {best.error:.3g} as prediction {best.prediction!r} with time {best.time}: use "
         f"denoisers.from_prediction(fn, schedule, {best.prediction!r}{argument})"
+        f"{'' if best.time == 't' else '; if denoise is from from_prediction, check the time that was given there'}"
     )
 
 

@@ -18,7 +18,7 @@ from evodiff_jax.testing import _runs, _tables
 from evodiff_jax.testing._models import gaussian
 from evodiff_jax.testing._orders import Order, observed_order, observed_order_of_variance
 
-_ORDER = 0.25  # an observed order is this near to the true one; 0.13 is the most among the package's solvers
+_ORDER = 0.25  # an observed order is this near to the true one; 0.2 is the most among the package's solvers
 _CONVERGES = 0.75  # the least observed order of a solver that says none
 _EQUAL = 1e-8  # of the largest number of a sample: runs in float64 that are to be the same
 _ROWS = 32  # that plans of runs are padded to
@@ -57,9 +57,11 @@ def check_solver(solver: Solver, *, order: float | None = None, schedule: NoiseS
 
     * its tables on four schedules with grids of 1, 2, 3 and 8 steps: columns, float64, times within the run, and one
       set of columns, so that padded plans run in one compiled program; the tables of JAX's times are those of NumPy's;
-    * if it keeps constants: a model that predicts a constant gets it back, and the initial noise falls as sigma;
-    * its runs: finite in float32 and bfloat16, of the dtypes and structure of the state; padded as without padding,
-      compiled as without; each sample by itself, whatever the others are; finite gradients;
+    * if it keeps constants and its outputs are data predictions: a model that predicts a constant gets it back, and the
+      initial noise falls as sigma;
+    * its runs, in compiled programs: finite samples in float64, float32 and bfloat16, near each other; states that are
+      pytrees; each sample by itself, whatever the others are; finite gradients; with a rule, padded plans as plans
+      without padding;
     * of a stochastic solver: the same key gives the same samples, each key its own, and samples of normal data have
       its mean and deviation;
     * the order: the slope of the error over the steps, on `bimodal` data with log-SNR steps. Of a stochastic solver
