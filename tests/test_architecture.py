@@ -64,8 +64,8 @@ def test_imports_go_one_way(module):
 def test_importing_the_library_loads_the_core_and_runs_nothing_on_a_device():
     code = (
         "import sys, evodiff_jax; "
-        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'hypothesis', 'matplotlib', "
-        "'evodiff_jax.pretrained', 'evodiff_jax.cli') if m in sys.modules]); "
+        "print([m for m in ('flax', 'optax', 'orbax', 'PIL', 'tqdm', 'safetensors', 'chex', 'hypothesis', "
+        "'matplotlib', 'evodiff_jax.pretrained', 'evodiff_jax.cli') if m in sys.modules]); "
         "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

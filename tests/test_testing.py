@@ -411,6 +411,10 @@ FAULTY_SCHEDULES = {
         lambda: noise_of(lambda t: twice_as_steep(t) if isinstance(t, jax.Array) else t),
         "the gradient of lambda in t differs by 1 of its size",
     ),
+    "an inverse without a gradient": (
+        lambda: noise_of(lambda t: t, time=lambda lambda_: jax.lax.stop_gradient(kappa(lambda_))),
+        "the gradient of time in lambda differs by 1 of its size",
+    ),
     "a gradient that is not finite": (
         lambda: noise_of(lambda t: jnp.sqrt(t**2 + jnp.where(t > 0.5, jnp.sqrt(0 * t), 0)), time=kappa),
         "the gradient of sigma must be finite",

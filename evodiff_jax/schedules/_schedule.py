@@ -216,18 +216,27 @@ def _lambda(alpha: ScheduleFn, sigma: ScheduleFn, t: Any) -> Any:
 def _bisect(alpha: ScheduleFn, sigma: ScheduleFn, t_min: float, t_max: float, target: Any) -> Any:
     """The time at which the decreasing log(alpha / sigma) takes the value `target`, elementwise."""
     xp = namespace(target)
-    target = xp.asarray(target)
-    low, high = xp.full_like(target, t_min), xp.full_like(target, t_max)
+    wanted = xp.asarray(target) if xp is np else jax.lax.stop_gradient(xp.asarray(target))
+    low, high = xp.full_like(wanted, t_min), xp.full_like(wanted, t_max)
 
     def halve(_: int, bracket: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = bracket
         middle = low + (high - low) / 2
-        later = _lambda(alpha, sigma, middle) > target
+        later = _lambda(alpha, sigma, middle) > wanted
         return xp.where(later, middle, low), xp.where(later, high, middle)
 
     if xp is np:
         for i in range(_BISECTIONS):
             low, high = halve(i, (low, high))
-    else:
-        low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
-    return low + (high - low) / 2
+        return low + (high - low) / 2
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (low, high))
+    t = low + (high - low) / 2
+    return t + _slope_of_inverse(alpha, sigma, t, xp.asarray(target))
+
+
+def _slope_of_inverse(alpha: ScheduleFn, sigma: ScheduleFn, t: Any, target: Any) -> Any:
+    """Zero, with the gradient in target that the time t has, at which log(alpha / sigma) is the target."""
+    _, slope = jax.jvp(functools.partial(_lambda, alpha, sigma), (t,), (jnp.ones_like(t),))
+    known = jnp.isfinite(slope) & (slope < 0) & jnp.isfinite(target)
+    zero = jnp.where(known, target - jax.lax.stop_gradient(target), 0)
+    return zero / jnp.where(known, jax.lax.stop_gradient(slope), 1)

@@ -45,7 +45,7 @@ def check_schedule(schedule: NoiseSchedule) -> ScheduleReport:
     * The levels in float32 are those in float64 to 4 digits: a difference such as 1 - alpha^2 loses them where alpha is
       near 1. float32 times give float32 levels in a program whose other numbers are float64.
     * Times of any shape give levels of this shape, under `jax.jit` and `jax.vmap` as without.
-    * Gradients of alpha, sigma and lambda are finite between t_min and t_max, and that of lambda is its slope.
+    * Gradients of alpha, sigma, lambda and `time` are finite between t_min and t_max, those of the last two are slopes.
 
     Args:
       schedule: yours.
@@ -160,8 +160,9 @@ def _check_float32(schedule: NoiseSchedule, span: float) -> tuple[float, float]:
     everything = _everything(schedule)
 
     def program(t: jax.Array) -> Any:
-        slopes = [jax.vmap(jax.grad(fn)) for fn in (schedule.alpha, schedule.sigma, schedule.lambda_)]
-        return everything(t), jax.vmap(everything)(t), [slope(t) for slope in slopes]
+        slope_of = lambda fn, at: jax.vmap(jax.grad(fn))(at)
+        slopes = [slope_of(fn, t) for fn in (schedule.alpha, schedule.sigma, schedule.lambda_)]
+        return everything(t), jax.vmap(everything)(t), [*slopes, slope_of(schedule.time, schedule.lambda_(t))]
 
     with enable_x64():
         shapes = jax.eval_shape(everything, jax.ShapeDtypeStruct((3,), jnp.float32))
@@ -201,7 +202,7 @@ def _check_float32(schedule: NoiseSchedule, span: float) -> tuple[float, float]:
     for name, values in found.items():
         if not np.allclose(mapped[name], values, rtol=1e-5, atol=1e-6):
             raise ValueError(f"{name} under jax.vmap differs from {name} of an array of times: it must be elementwise")
-    for name, slope in zip(("alpha", "sigma", "lambda_"), slopes, strict=True):
+    for name, slope in zip(("alpha", "sigma", "lambda_", "time"), slopes, strict=True):
         if not np.isfinite(slope).all():
             where = wide[np.argmax(~np.isfinite(slope))]
             raise ValueError(
@@ -210,12 +211,16 @@ def _check_float32(schedule: NoiseSchedule, span: float) -> tuple[float, float]:
     step = 1e-5 * np.minimum(wide - schedule.t_min, schedule.t_max - wide)
     before, after = ((schedule.levels(wide + sign * step).lambda_ - lambda_) / (sign * step) for sign in (-1, 1))
     steep, flat = np.minimum(before, after), np.maximum(before, after)  # they differ at a kink
-    _largest(
-        np.maximum(steep - slopes[2], slopes[2] - flat) / np.abs(steep),
-        wide,
-        _SLOPE,
-        "the gradient of lambda in t differs by {0:.3g} of its size from lambda's slope at t = {1:.6g}",
-    )
+    for name, slope, low, high in (
+        ("lambda in t", slopes[2], steep, flat),
+        ("time in lambda", slopes[3], 1 / flat, 1 / steep),
+    ):
+        _largest(
+            np.maximum(low - slope, slope - high) / np.abs(low),
+            wide,
+            _SLOPE,
+            f"the gradient of {name} differs by {{0:.3g}} of its size from the slope at t = {{1:.6g}}",
+        )
     return inverse, level
 
 
