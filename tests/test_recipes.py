@@ -276,7 +276,9 @@ CHECKS = {
     "the score": predicts("score"),
     "EDM's raw F(x, c_noise)": predicts("edm"),
     "sigma": predicts("data", SHIFTED, to_t=lambda sigma: sigma / (3 - 2 * sigma)),
-    "the nearest index 0 ... 999": predicts("epsilon", DISCRETE, to_t=lambda i: jnp.asarray(i, jnp.float32)),
+    "the nearest index 0 ... 999, with `schedules.discrete`": predicts(
+        "epsilon", DISCRETE, to_t=lambda i: jnp.asarray(i, jnp.float32)
+    ),
     "1000 t": predicts("epsilon", to_t=lambda t: t / 1000),
     "one number a sample, (B,)": predicts("epsilon", time_shape=(4,)),
     "Flax linen": library(Linen()),
@@ -307,7 +309,9 @@ CHECKS = {
     "keep the data prediction in -1 ... 1": denoises(lambda x, t: jnp.clip(mixture(VP)(x, t), -1, 1)),
     "dynamic thresholding": denoises(by_percentile),
     "any function of x_0 and t": samples(lambda n: ed.sample(ed.denoisers.clip(n["denoise"]), n["x_T"], n["plan"])),
-    "any function of x_t and t": samples(lambda n: plain(n, on_state=lambda x, t, index, key: jnp.clip(x, -1, 1))),
+    "any function of x_t and t, a callback": samples(
+        lambda n: plain(n, on_state=lambda x, t, index, key: jnp.clip(x, -1, 1))
+    ),
     "end with the data prediction, for one more model call": samples(
         lambda n: n["denoise"](plain(n), jnp.float32(n["times"][-1]))
     ),
