@@ -151,6 +151,7 @@ def test_faults_of_solvers_are_named(fault):
         check_solver(solver, order=order)
 
 
+@pytest.mark.fast
 def test_a_right_solver_passes_and_what_was_measured_is_told():
     report = check_solver(Solver("mine", table_2m), order=2)
     assert (report.calls, report.remembers, report.stochastic) == (1, 1, False)
@@ -439,6 +440,7 @@ def test_a_schedule_that_can_not_be_pickled_is_said_to():
 # -- models without error
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "schedule", [EDM, ed.schedules.sub_vp(), ed.schedules.flow(2.0)], ids=["edm", "sub_vp", "flow"]
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, on_host
+from evodiff_jax.numerics import at_least_float32, checked_arguments, concrete_array, enable_x64
 from evodiff_jax.preconditioning import coefficients
 from evodiff_jax.schedules import NoiseSchedule, expect_schedule, of_schedule
 from evodiff_jax.types import Denoiser, State, check_function, widest
@@ -111,7 +111,8 @@ def bimodal(schedule: NoiseSchedule, center: float = 1.0, std: float = 0.5) -> E
     def solve(x: Any, start: float, end: float) -> np.ndarray:
         alpha, sigma, _ = schedule.levels([start, end])
         mode, spread = np.abs(alpha * center), np.hypot(alpha * std, sigma)
-        distance = on_host(lambda y: _transported(jnp.asarray(y), mode, spread), np.abs(np.asarray(x, np.float64)))
+        with enable_x64():
+            distance = np.asarray(_transported(np.abs(np.asarray(x, np.float64)), mode, spread))
         return np.sign(x) * distance
 
     return ExactModel(of_schedule(denoise, schedule), solve)
