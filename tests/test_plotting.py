@@ -19,7 +19,7 @@ from test_notebook import kernel  # noqa: F401
 import evodiff_jax as ed
 from evodiff_jax import plotting
 from evodiff_jax.diagnostics import Density, Diagnosis, Run, Trajectory
-from evodiff_jax.plotting import _style
+from evodiff_jax.plotting import style
 
 EDM = ed.schedules.edm()
 WHOLE = ed.NoiseSchedule(lambda t: 1 - t, lambda t: t, 0.0, 1.0)  # from alpha = 0 to sigma = 0
@@ -248,10 +248,10 @@ def test_labels_of_many_numbers_of_calls_do_not_overlap():
 
 
 def test_eighteen_solvers_can_be_told_apart_in_grey():
-    styles = [_style.line_style(index) for index in range(18)]
+    styles = [style.line_style(index) for index in range(18)]
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == 18
     # Relative luminance of sRGB, 0 for black.
-    channels = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in _style.COLOURS])
+    channels = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in style.COLOURS])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     lightness = 116 * np.cbrt(np.maximum(linear @ [0.2126, 0.7152, 0.0722], 0.008856)) - 16
     neighbours = np.abs(np.diff(np.append(lightness, lightness[0])))

@@ -13,7 +13,7 @@ from evodiff_jax.evaluation._results import Result
 from evodiff_jax.evaluation._runs import FITTED, Problem, converged
 from evodiff_jax.extras import require
 from evodiff_jax.files import write_atomically
-from evodiff_jax.plotting._style import (
+from evodiff_jax.plotting.style import (
     SMALL,
     add_legend,
     calls_axis,

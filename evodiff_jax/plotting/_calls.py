@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evodiff_jax.numerics import concrete_array, is_integer
-from evodiff_jax.plotting._style import (
+from evodiff_jax.plotting.style import (
     LABEL,
     TITLE,
     add_legend,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evodiff_jax.diagnostics import QUANTITIES, Density, Diagnosis
-from evodiff_jax.plotting._style import (
+from evodiff_jax.plotting.style import (
     DASHES,
     SMALL,
     TITLE,

@@ -9,7 +9,7 @@ import numpy as np
 from evodiff_jax.diagnostics import Run, Trajectory
 from evodiff_jax.numerics import concrete_array, is_integer
 from evodiff_jax.plotting._sheet import check_array, draw_sheet, to_pixels
-from evodiff_jax.plotting._style import BLUE, SMALL, TITLE, VERMILION, check_title, finish_panel, new_figure
+from evodiff_jax.plotting.style import BLUE, SMALL, TITLE, VERMILION, check_title, finish_panel, new_figure
 from evodiff_jax.schedules import NoiseSchedule, expect_schedule
 
 if TYPE_CHECKING:

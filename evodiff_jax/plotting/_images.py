@@ -7,7 +7,7 @@ import numpy as np
 
 from evodiff_jax.numerics import is_integer
 from evodiff_jax.plotting._sheet import check_images, draw_sheet, to_pixels
-from evodiff_jax.plotting._style import check_title
+from evodiff_jax.plotting.style import check_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from evodiff_jax.plotting._style import DPI, LABEL, SMALL, TITLE, new_figure
+from evodiff_jax.plotting.style import DPI, LABEL, SMALL, TITLE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
