@@ -28,9 +28,8 @@ ELSEWHERE = {
     "docs/pipelines.md": "test_pipelines.py",  # folders of weights
     "docs/plotting.md": "test_plotting.py",  # the figures
     "docs/recipes.md": "test_recipes.py",  # each section's result; test_recipes_live.py has those of torch and Keras
-    "docs/testing.md": "test_testing.py",  # what the checks find
 }
-SLOW = {f"docs/{name}.md" for name in ("choosing", "faq", "fitting", "index", "own_model")}
+SLOW = {f"docs/{name}.md" for name in ("choosing", "faq", "fitting", "index", "own_model", "testing")}
 
 
 def blocks(page):

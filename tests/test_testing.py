@@ -2,9 +2,7 @@
 
 import functools
 import importlib
-import re
 import sys
-from pathlib import Path
 
 import hypothesis
 import jax
@@ -521,19 +519,6 @@ def test_without_hypothesis_strategies_say_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "evodiff_jax.testing.strategies")
     with pytest.raises(ModuleNotFoundError, match=r"hypothesis is not installed.*evodiff-jax\[testing\]"):
         importlib.import_module("evodiff_jax.testing.strategies")
-
-
-# -- the page
-
-
-PAGE = (Path(__file__).parents[1] / "docs" / "testing.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_code_of_the_page_runs():
-    names = {"__name__": "page"}
-    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(compile(code, "docs/testing.md", "exec"), names)
 
 
 # -- denoisers and noise
