@@ -34,6 +34,29 @@ def test_samples_have_the_mean_and_deviation_of_their_table():
         np.testing.assert_allclose(np.std(x, 0) / std, 1, atol=4 * 0.0032, err_msg=name)
 
 
+# Correlated normal data are independent along the axes of their covariance, and so is what linear solvers make of them.
+COVARIANCE = np.array([[0.5, 0.3], [0.3, 0.4]])
+VARIANCES, AXES = np.linalg.eigh(COVARIANCE)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_mean_and_covariance_converge_to_the_exact_ones(problem, name):
+    """At sharper bounds than those of `check_solver`, on both schedules."""
+    schedule, (solver, order) = PROBLEMS[problem], STOCHASTIC[name]
+    alpha, sigma, _ = schedule.levels(schedule.t_min)
+    errors = []
+    for steps in (160, 320, 640):
+        plan = ed.plan(schedule, ed.grids.log_snr(schedule, steps), solver)
+        mean, std = moments(plan, schedule, MEAN @ AXES, np.sqrt(VARIANCES))
+        np.testing.assert_allclose(AXES @ mean, alpha * MEAN, rtol=1e-11)  # a state at the mean stays there
+        off = std**2 - (alpha**2 * VARIANCES + sigma**2)
+        errors.append(np.abs(AXES * off @ AXES.T).max())
+    observed = np.log2(np.divide(errors[:-1], errors[1:]))
+    np.testing.assert_allclose(observed, order, atol=0.5 if order == 2.5 else 0.11)
+    assert errors[-1] < {1: 0.008, 2: 3e-4}.get(order, 4e-6)
+
+
 def test_stochastic_solvers_need_a_key():
     x_T, times = initial_state(SCHEDULES["vp_linear"], (4, 2)), ed.grids.log_snr(SCHEDULES["vp_linear"], 5)
     for solver, _ in STOCHASTIC.values():
