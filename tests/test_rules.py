@@ -1,4 +1,4 @@
-"""What holds of both adaptive rules: hard models, ends of schedules, channels."""
+"""What holds of both adaptive rules: hard models, ends of schedules, channels, samples that do not depend on others."""
 
 import chex
 import jax
@@ -96,7 +96,21 @@ def test_a_run_of_one_step_is_ddim(schedule, x64):
         np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
 
 
-# -- channels
+# -- samples and channels
+
+
+@pytest.mark.fast
+@rules
+def test_samples_of_a_batch_do_not_depend_on_each_other(name, x64):
+    """The others are other samples, in another order."""
+    plan = plan_of(8, RULES[name]())
+    x_T, others = (initial_state(EDM, SHAPE, jnp.float64, seed=seed) for seed in (0, 1))
+    whole, trace = run("mixture", x_T, plan)
+    for i in range(3):
+        x, other_trace = run("mixture", jnp.roll(others.at[i].set(x_T[i]), 1, axis=0), plan)
+        np.testing.assert_allclose(x[(i + 1) % 3], whole[i], rtol=1e-12)
+        for ours, theirs in zip(jax.tree.leaves(trace.rule), jax.tree.leaves(other_trace.rule), strict=True):
+            np.testing.assert_allclose(theirs[:, (i + 1) % 3], ours[:, i], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -65,6 +65,19 @@ def run_all(solvers, denoise, x_T, runs):
     return dict(zip(keys, x, strict=True))
 
 
+@pytest.mark.fast
+def test_a_constant_model_gives_its_constant_on_every_grid_and_at_every_number_of_steps(x64):
+    schedule = ed.schedules.edm(0.0, 80.0)
+    runs = {f"time_uniform {n}": (schedule, ed.grids.time_uniform(schedule, n)) for n in (1, 2, 3, 4, 5, 9)}
+    for n in (1, 2, 3, 7):
+        ends = np.append(ed.grids.karras(SCHEDULES["edm"], n), 0.0)
+        runs[f"karras {n}"] = schedule, ends
+    x_T = initial_state(schedule, (2, 3), jnp.float64)
+    constant = np.array([0.3, -2.0, 5.0])
+    for key, x in run_all(ALL, lambda x, t: jnp.broadcast_to(constant, x.shape), x_T, runs).items():
+        np.testing.assert_allclose(x, np.broadcast_to(constant, x.shape), rtol=1e-9, err_msg=str(key))
+
+
 def test_sigma_ending_at_0_lands_on_the_last_data_prediction_in_float32():
     schedule = ed.schedules.edm(0.0, 80.0)
     runs = {n: (schedule, np.append(ed.grids.log_snr(SCHEDULES["edm"], n), 0.0)) for n in (1, 2, 3, 6)}

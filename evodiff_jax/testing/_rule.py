@@ -24,6 +24,7 @@ _HARD = {
     "whose outputs are all 1e-25": Model(0.0, 1e-25),
     "whose outputs are all 1e15": Model(0.0, 1e15),
     "with outputs of about 1e-25": Model(1e-25, 0.0),
+    "with outputs of about 1e-20": Model(1e-20, 0.0),
     "with outputs of about 1e-15": Model(1e-15, 0.0),
     "with outputs of about 1e-8": Model(1e-8, 0.0),
     "with outputs of about 1e8": Model(1e8, 0.0),
